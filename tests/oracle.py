@@ -1,0 +1,118 @@
+"""A literal, slow reading of the tick model's rules: one Python object a request, every request touched at every step."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Request:
+    arrived_at: float
+    enqueued_at: float
+    length: int
+    chunks_left: int
+    tokens: int = 0
+    slot: int = -1
+    started_at: float = math.nan
+    first_token_at: float = math.nan
+    completed_at: float = math.nan
+
+
+@dataclass
+class Result:
+    requests: list[Request] = field(default_factory=list)
+    boundaries: list[float] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
+    queue_sizes: list[int] = field(default_factory=list)
+    prefilling: list[int] = field(default_factory=list)
+    decoding: list[int] = field(default_factory=list)
+    itls: list[tuple[float, float]] = field(default_factory=list)  # (boundary, sample)
+    end_time: float = 0.0
+
+
+def simulate(
+    *,
+    batcher: str,
+    load: str,
+    load_value: float,
+    max_batch_size: int,
+    prefill_time: float,
+    itl: float,
+    total_prefill_chunks: int,
+    lengths,
+    time_limit: float,
+    arrivals=None,
+) -> Result:
+    """Run the rules of the tick model.
+
+    `lengths` is an iterator of output lengths, in queue order. `load` is "batch", "concurrent", "rate", or "due"
+    (explicit instants in `arrivals`).
+    """
+    result = Result()
+    slots: list[Request | None] = [None] * max_batch_size
+    queue: list[Request] = []
+    lengths = iter(lengths)
+    t = 0.0
+    made = 0
+    step_ran = False
+    while t < time_limit:
+        batch = [request for request in slots if request is not None]
+        if step_ran:
+            for request in batch:
+                if request.chunks_left > 0:
+                    request.chunks_left -= 1
+                    if request.chunks_left == 0:
+                        request.tokens = 1
+                        request.first_token_at = t
+                else:
+                    request.tokens += 1
+                if request.tokens == request.length:
+                    request.completed_at = t
+                    slots[request.slot] = None
+
+        due: list[float] = []
+        if load == "batch":
+            due = [0.0] * int(load_value) if t == 0 else []
+        elif load == "concurrent":
+            running = sum(request is not None for request in slots)
+            due = [t] * max(0, int(load_value) - running - len(queue))
+        elif load == "rate":
+            while t // (1 / load_value) >= made + len(due) + 1:
+                due.append((made + len(due) + 1) * (1 / load_value))
+        else:
+            while made + len(due) < len(arrivals) and arrivals[made + len(due)] <= t:
+                due.append(arrivals[made + len(due)])
+        for arrived_at in due:
+            request = Request(arrived_at, t, next(lengths), total_prefill_chunks)
+            queue.append(request)
+            result.requests.append(request)
+        made += len(due)
+
+        for place in range(max_batch_size):
+            if slots[place] is not None or not queue:
+                continue
+            others = [request for request in slots if request is not None]
+            if batcher == "static" and any(request.started_at != t for request in others):
+                break
+            if batcher == "one_prefill" and any(request.chunks_left > 0 for request in others):
+                break
+            request = queue.pop(0)
+            request.slot, request.started_at = place, t
+            slots[place] = request
+
+        batch = [request for request in slots if request is not None]
+        prefilling = [request for request in batch if request.chunks_left > 0]
+        decoding = [request for request in batch if request.chunks_left == 0]
+        prefill = 0.0
+        for _ in prefilling:
+            prefill += prefill_time / total_prefill_chunks
+        duration = max(prefill, itl if decoding else 0.0, 1.0)
+        result.boundaries.append(t)
+        result.durations.append(duration)
+        result.queue_sizes.append(len(queue))
+        result.prefilling.append(len(prefilling))
+        result.decoding.append(len(decoding))
+        result.itls += [(t, duration) for request in decoding if request.tokens > 1]
+        t += duration
+        step_ran = True
+    result.end_time = t
+    return result

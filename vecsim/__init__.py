@@ -1,0 +1,42 @@
+"""vecsim: a vectorised simulator of LLM inference serving."""
+
+from vecsim.batching import Batcher, IFBatcher, IFBatcherWithOnePrefillOnly, StaticBatcher
+from vecsim.engine import Engine
+from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform
+from vecsim.load import (
+    BatchLoadGenerator,
+    ConcurrentLoadGenerator,
+    GammaLoadGenerator,
+    LoadGenerator,
+    PoissonLoadGenerator,
+    RequestRateLoadGenerator,
+)
+from vecsim.run import Run
+from vecsim.step_time import StepTime, TickStepTime
+from vecsim.sweep import sweep
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchLoadGenerator",
+    "Batcher",
+    "ConcurrentLoadGenerator",
+    "Constant",
+    "Distribution",
+    "Empirical",
+    "Engine",
+    "GammaLoadGenerator",
+    "IFBatcher",
+    "IFBatcherWithOnePrefillOnly",
+    "LoadGenerator",
+    "LogNormal",
+    "Normal",
+    "PoissonLoadGenerator",
+    "RequestRateLoadGenerator",
+    "Run",
+    "StaticBatcher",
+    "StepTime",
+    "TickStepTime",
+    "Uniform",
+    "sweep",
+]

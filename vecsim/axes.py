@@ -1,0 +1,202 @@
+"""Axes: keywords that name fields of a declaration, however deep, and the values that they take."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from vecsim.declaration import Declaration, _checks, check
+from vecsim.kernel.state import Array
+
+
+class Axis(NamedTuple):
+    """Values of one field along one or more dimensions."""
+
+    name: str
+    path: str
+    dims: tuple[str, ...]
+    values: Array  # one axis for each of `dims`; of objects where they are declarations
+
+    @property
+    def is_component(self) -> bool:
+        return any(isinstance(value, Declaration) for value in self.values.flat)
+
+    def labels(self) -> Array:
+        """The values as plain data: numbers, or short texts for declarations."""
+        if self.values.dtype != object:
+            return self.values
+        values = list(self.values.flat)
+        texts = [value.label() if isinstance(value, Declaration) else str(value) for value in values]
+        names = [type(value).__name__ for value in values]
+        if self.is_component and len(set(names)) == len(set(texts)):
+            texts = names
+        return np.array(texts).reshape(self.values.shape)
+
+
+class Plan(NamedTuple):
+    """What a sweep varies: the declaration with every scalar pinned, the axes, the size of each dimension."""
+
+    engine: Declaration
+    axes: tuple[Axis, ...]
+    sizes: dict[str, int]
+    coords: dict[str, Any]  # coordinates that zipped DataArrays brought along
+
+    @property
+    def scenarios(self) -> int:
+        count = 1
+        for size in self.sizes.values():
+            count *= size
+        return count
+
+
+def replace(declaration: Any, path: str, value: Any) -> Any:
+    """A copy of a declaration with the field at a dotted path replaced; checked like a new one."""
+    name, _, rest = path.partition(".")
+    inner = replace(getattr(declaration, name), rest, value) if rest else value
+    return msgspec.structs.replace(declaration, **{name: inner})
+
+
+def fields(declaration: Declaration, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every field, however deep."""
+    for name in declaration.__struct_fields__:
+        value = getattr(declaration, name)
+        yield prefix + name, value
+        if isinstance(value, Declaration):
+            yield from fields(value, f"{prefix}{name}.")
+
+
+def find(name: str, declaration: Declaration) -> str:
+    """The path of the one field that a name means.
+
+    Raises
+    ------
+    ValueError
+        When no field or several have that name: lists the candidates.
+    """
+    paths = [path for path, _ in fields(declaration)]
+    if name in paths:
+        return name
+    found = [path for path in paths if path.endswith("." + name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(found)}")
+    names = {path.rpartition(".")[2] for path in paths}
+    close = difflib.get_close_matches(name, [*names, *paths], n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ValueError(f"unknown axis {name!r}: {hint}fields are {', '.join(paths)}")
+
+
+def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
+    """Resolve axes against a declaration: pin scalars, check every value, name every dimension.
+
+    Raises
+    ------
+    ValueError
+        When an axis is unknown, ambiguous, empty, of a wrong shape or value, or shares a dimension with
+        one of another length.
+    """
+    given = {name: _values(name, value) for name, value in axes.items()}
+    # Components first: what a field's name means depends on them.
+    order = sorted(given, key=lambda name: not _is_component(given[name][1]))
+    specimens: dict[Any, Declaration] = {_shape(engine): engine}
+    resolved: dict[str, Axis] = {}
+    for name in order:
+        dims, values, _ = given[name]
+        paths = {find(name, specimen) for specimen in specimens.values()}
+        if len(paths) > 1:
+            raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(sorted(paths))}")
+        path = paths.pop()
+        if path in [axis.path for axis in resolved.values()]:
+            raise ValueError(f"axis {name!r} names {path}, which another axis names too")
+        checked = _checked(path, values, specimens.values())
+        if not dims:
+            engine = replace(engine, path, checked[()])
+        resolved[name] = Axis(name, path, dims, checked)
+        if _is_component(checked):
+            specimens = {
+                _shape(specimen): specimen
+                for old in specimens.values()
+                for value in checked.flat
+                for specimen in [replace(old, path, value)]
+            }
+        elif not dims:
+            specimens = {key: replace(old, path, checked[()]) for key, old in specimens.items()}
+
+    sizes: dict[str, int] = {}
+    coords: dict[str, Any] = {}
+    for name, (dims, values, array) in given.items():
+        for dim, size in zip(dims, values.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                others = [other for other, (d, *_) in given.items() if dim in d and other != name]
+                raise ValueError(
+                    f"axes along {dim!r} must have one length: {name} has {size}, "
+                    f"{', '.join(others)} {sizes[dim]}"
+                )
+            if array is not None and dim in array.coords:
+                coords[dim] = array.coords[dim].values
+    kept = tuple(resolved[name] for name in given if given[name][0])
+    for axis in kept:
+        if axis.name in sizes and axis.dims != (axis.name,):
+            raise ValueError(f"axis {axis.name!r} must not be a dimension of another axis as well")
+    return Plan(engine, kept, sizes, coords)
+
+
+def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
+    """(dims, values, the DataArray or None) of what the user wrote."""
+    if hasattr(given, "dims") and hasattr(given, "coords"):
+        array = given
+        dims = tuple(str(dim) for dim in array.dims)
+        values = np.asarray(array.values)
+    else:
+        array = None
+        if isinstance(given, str | bytes | Declaration | type) or not hasattr(given, "__len__"):
+            if hasattr(given, "__next__"):
+                raise ValueError(f"axis {name!r} must be a list, an array or a range, got an iterator")
+            values = np.empty((), object)
+            values[()] = given
+            return (), values, None
+        items = list(given)
+        if isinstance(given, np.ndarray) and given.ndim != 1:
+            raise ValueError(
+                f"axis {name!r} must be one-dimensional, got {given.ndim} dimensions; "
+                "an xarray.DataArray names its dimensions"
+            )
+        dims = (name.rpartition(".")[2],)
+        values = np.empty(len(items), object)
+        values[:] = items
+    if values.size == 0:
+        raise ValueError(f"axis {name!r} must have at least one value, got none")
+    return dims, values, array
+
+
+def _is_component(values: Array) -> bool:
+    return values.dtype == object and any(isinstance(value, Declaration) for value in values.flat)
+
+
+def _checked(path: str, values: Array, specimens: Any) -> Array:
+    """Every value checked against the field that it is for, as plain numbers where all are."""
+    out = np.empty(values.shape, object)
+    owner_path, _, name = path.rpartition(".")
+    owners = {}
+    for specimen in specimens:
+        owner = specimen
+        for part in owner_path.split(".") if owner_path else ():
+            owner = getattr(owner, part)
+        owners[type(owner)] = owner
+    for owner_type in owners:
+        kinds, allowed = next((kinds, allowed) for field, kinds, allowed in _checks(owner_type) if field == name)
+        for index in np.ndindex(values.shape):
+            value = values[index]
+            out[index] = check(name, value.item() if isinstance(value, np.generic) else value, kinds, allowed)
+    types = {type(value) for value in out.flat}
+    if values.shape and types <= {int, float}:
+        return out.astype(np.int64 if types == {int} else np.float64)
+    return out
+
+
+def _shape(declaration: Declaration) -> Any:
+    """What decides which fields there are: the types of all components."""
+    return tuple((path, type(value)) for path, value in fields(declaration) if isinstance(value, Declaration))

@@ -1,0 +1,188 @@
+"""What every declaration shares: frozen fields with ranges, clear refusals, TOML and JSON."""
+
+import functools
+import math
+import numbers
+import operator
+import types
+import typing
+from typing import Annotated, Any, Self, get_args, get_origin
+
+import msgspec
+
+# Times stay far below 2**53, where adding one tick would no longer change a float64.
+LONGEST_TIME = 1e12
+
+
+class Range(msgspec.Struct, frozen=True):
+    """The finite values a numeric field may take."""
+
+    low: float
+    high: float = math.inf
+    low_allowed: bool = True
+
+    def refusal(self, value: float) -> str | None:
+        """What is allowed, in words, if the value isn't."""
+        low = f"{'>=' if self.low_allowed else '>'} {self.low:g}"
+        if not (value >= self.low if self.low_allowed else value > self.low):  # NaN included
+            return low
+        if value > self.high:
+            return f"{low} and <= {self.high:.10g}"
+        return None if math.isfinite(value) else f"{low} and finite"
+
+
+Count = Annotated[int, Range(1, 2**20)]
+Number = Annotated[int, Range(1, 1e9)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Time = Annotated[float, Range(0, LONGEST_TIME)]
+Positive = Annotated[float, Range(0, low_allowed=False)]
+NonNegative = Annotated[float, Range(0)]
+
+
+class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen description of a part of a simulation; compares and hashes by value.
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value: the message names the field, the value and what is allowed.
+    TypeError
+        When a field is unknown.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kinds, allowed in _checks(type(self)):
+            value = getattr(self, name)
+            checked = check(name, value, kinds, allowed)
+            if checked is not value:
+                msgspec.structs.force_setattr(self, name, checked)
+
+    def to_toml(self) -> str:
+        """Write the declaration as TOML; `from_toml` reads it back to an equal one."""
+        import tomli_w
+
+        return tomli_w.dumps(to_plain(self))
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read a declaration from TOML.
+
+        Raises
+        ------
+        ValueError
+            When the text is not TOML, or a field is unknown, missing or out of range: says where.
+        """
+        import tomllib
+
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"not valid TOML: {error}") from None
+        return from_plain(data, cls)
+
+    def to_json(self) -> str:
+        """Write the declaration as JSON."""
+        return msgspec.json.encode(to_plain(self)).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a declaration from JSON.
+
+        Raises
+        ------
+        ValueError
+            When a field is unknown, missing or out of range: says where.
+        """
+        try:
+            data = msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from None
+        return from_plain(data, cls)
+
+    def label(self) -> str:
+        """Short text for coordinates and legends: the name, and the fields that are not at their default."""
+        fields = []
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                text = value.label() if isinstance(value, Declaration) else f"{value!r}"
+                fields.append(f"{field.name}={text}")
+        return f"{type(self).__name__}({', '.join(fields)})" if fields else type(self).__name__
+
+
+def to_plain(declaration: Declaration) -> dict[str, Any]:
+    """Nested dicts of a declaration, without what is None (TOML knows no null)."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return value
+
+    return clean(msgspec.to_builtins(declaration))
+
+
+def from_plain(data: Any, kind: Any, where: str = "") -> Any:
+    """A declaration from nested dicts; errors say at which key."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        path = f"{where}{path.rstrip('`')}".lstrip(".")
+        raise ValueError(f"{path}: {message}" if path else message) from None
+
+
+def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) -> Any:
+    """Return the value in its plain type, or raise a ValueError that says what is allowed."""
+    if value is None and type(None) in kinds:
+        return None
+    structs = tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Declaration))
+    if structs and isinstance(value, structs):
+        return value
+    if float in kinds or int in kinds:
+        plain = _plain_number(value, whole=float not in kinds)
+        refusal = "" if plain is None else allowed and allowed.refusal(plain)
+        if refusal is None:
+            return plain
+        text = "a number" if float in kinds else "a whole number"
+        if structs:
+            text += " or one of " + ", ".join(kind.__name__ for kind in structs)
+        raise ValueError(f"{name} must be {refusal or text}, got {value!r}")
+    if structs:
+        names = ", ".join(kind.__name__ for kind in structs)
+        hint = "; call it: " + value.__name__ + "()" if isinstance(value, type) and issubclass(value, structs) else ""
+        raise ValueError(f"{name} must be one of {names}, got {value!r}{hint}")
+    return value
+
+
+def _plain_number(value: Any, whole: bool) -> float | int | None:
+    """A Python float or int of the same value; None if it isn't one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        # NumPy's scalars are numbers.Real; a 0-d array is not
+        return None
+    if not whole:
+        return float(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        return int(value) if float(value).is_integer() else None
+
+
+@functools.cache
+def _checks(cls: type[Declaration]) -> list[tuple[str, tuple[Any, ...], Range | None]]:
+    """(field, types, range) of each field, read from the annotations."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return [(name, *_kinds(hints[name])) for name in cls.__struct_fields__]
+
+
+def _kinds(hint: Any) -> tuple[tuple[Any, ...], Range | None]:
+    """The types of an annotation, and the range in it."""
+    if get_origin(hint) is Annotated:
+        kinds, _ = _kinds(get_args(hint)[0])
+        return kinds, next((item for item in get_args(hint)[1:] if isinstance(item, Range)), None)
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        parts = [_kinds(part) for part in get_args(hint)]
+        return (
+            tuple(kind for kinds, _ in parts for kind in kinds),
+            next((allowed for _, allowed in parts if allowed), None),
+        )
+    return (hint,), None

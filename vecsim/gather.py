@@ -1,0 +1,94 @@
+"""Kernel results -> labelled xarray Datasets that describe themselves."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vecsim.axes import Plan
+from vecsim.kernel.state import Array, Record
+from vecsim.variables import REQUEST_VARIABLES, TICK_VARIABLES, Variable, stat_labels
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def metrics_dataset(
+    metrics: Array, sizes: dict[str, int], coords: dict[str, Any], quantiles: tuple[float, ...], attrs: dict[str, Any]
+) -> "xr.Dataset":
+    """A Dataset of all output variables over the dimensions in `sizes` (and `stat`)."""
+    import xarray as xr
+
+    dims = tuple(sizes)
+    shape = tuple(sizes.values())
+    stats = stat_labels(quantiles)
+    variables = {}
+    at = 0
+    for variable in TICK_VARIABLES:
+        width = len(stats) if variable.over_stat else 1
+        values = metrics[:, at : at + width]  # a view; the reshape below copies nothing
+        at += width
+        if variable.over_stat:
+            variables[variable.name] = describe(variable, (*dims, "stat"), values.reshape(*shape, width))
+        else:
+            variables[variable.name] = describe(variable, dims, values.reshape(shape))
+    return xr.Dataset(variables, {**coords, "stat": ("stat", np.array(stats))}, attrs)
+
+
+def describe(variable: Variable, dims: tuple[str, ...], values: Array) -> "xr.Variable":
+    """A labelled array of one output variable."""
+    import xarray as xr
+
+    if variable.count:
+        values = values.astype(np.int64)
+    attrs = {"long_name": variable.long_name, "units": variable.units, "description": variable.doc}
+    return xr.Variable(dims, values, attrs)
+
+
+def record_variables(record: Record, dims: tuple[str, ...], shape: tuple[int, ...]) -> "dict[str, xr.Variable]":
+    """The per-request arrays, over `dims` and `request`."""
+    return {
+        variable.name: describe(variable, (*dims, "request"), getattr(record, variable.name).reshape(*shape, -1))
+        for variable in REQUEST_VARIABLES
+    }
+
+
+def axis_coords(plan: Plan) -> dict[str, Any]:
+    """Coordinates of a plan's axes: plain data, with units where the field has them."""
+    coords: dict[str, Any] = {}
+    for name, values in plan.coords.items():
+        coords[name] = (name, values)
+    for axis in plan.axes:
+        name = axis.path.rpartition(".")[2] if "." in axis.name else axis.name
+        if name in coords and name not in axis.dims:
+            name = axis.path
+        attrs = {"long_name": name.replace("_", " ")}
+        if name in FIELD_UNITS:
+            attrs["units"] = FIELD_UNITS[name]
+        coords[name] = (axis.dims, axis.labels(), attrs)
+    return coords
+
+
+FIELD_UNITS = {
+    "request_rate": "requests per tick",
+    "prefill_time": "ticks",
+    "itl": "ticks",
+    "max_batch_size": "slots",
+    "total_prefill_chunks": "chunks",
+    "target_output_len_tokens": "tokens",
+    "target_output_len_std": "tokens",
+    "output_tokens": "tokens",
+    "initial_batch": "requests",
+    "target_concurrency": "requests",
+}
+
+
+def base_attrs(engine: Any, time_limit: float, warmup: float) -> dict[str, Any]:
+    """What made a Dataset: the declaration as JSON, the package's version, the times."""
+    from vecsim import __version__
+
+    return {
+        "declaration": engine.to_json(),
+        "vecsim_version": __version__,
+        "time_limit": time_limit,
+        "warmup": warmup,
+    }

@@ -1,0 +1,69 @@
+"""The instants and the slot of each request of one scenario, for runs that keep them."""
+
+import numpy as np
+
+from vecsim.kernel.jit import inner
+
+
+@inner
+def lowest_set(words):
+    """Place of the lowest set bit of a bitmap; one is set."""
+    w = 0
+    while words[w] == np.uint64(0):
+        w += 1
+    bit = 0
+    word = words[w]
+    while (word >> np.uint64(bit)) & np.uint64(1) == np.uint64(0):
+        bit += 1
+    return w, bit
+
+
+@inner
+def assign_slots(started_step, end_step, steps, max_batch_size, slot):
+    """The slot of each started request: the lowest one that is free when it starts.
+
+    At a boundary slots are freed before they are taken. `next_ending` links the requests that end at the
+    same boundary.
+    """
+    free = np.zeros((max_batch_size + 63) // 64, np.uint64)
+    for i in range(max_batch_size):
+        free[i // 64] |= np.uint64(1) << np.uint64(i % 64)
+    ending = np.full(steps + 1, -1, np.int64)
+    next_ending = np.full(started_step.size, -1, np.int64)
+    released = 0
+    for i in range(started_step.size):
+        while released <= started_step[i]:
+            other = ending[released]
+            while other >= 0:
+                free[slot[other] // 64] |= np.uint64(1) << np.uint64(slot[other] % 64)
+                other = next_ending[other]
+            released += 1
+        w, bit = lowest_set(free)
+        free[w] ^= np.uint64(1) << np.uint64(bit)
+        slot[i] = 64 * w + bit
+        if end_step[i] <= steps:
+            next_ending[i] = ending[end_step[i]]
+            ending[end_step[i]] = i
+
+
+@inner
+def write_record(max_batch_size, chunks, closed, requests, time, outcome, record, row):
+    """Write the row of one scenario: instants (NaN where they never came), length, slot."""
+    steps, enqueued, started = outcome.steps, outcome.enqueued, outcome.started
+    end_step = np.empty(started, np.int64)
+    for i in range(enqueued):
+        enqueued_at = time[requests.enqueued_step[i]]
+        record.enqueued_at[row, i] = enqueued_at
+        record.arrived_at[row, i] = enqueued_at if closed else requests.arrived_at[i]
+        length = requests.output_tokens[i]
+        record.output_tokens[row, i] = length
+        if i < started:
+            first = requests.started_step[i] + chunks
+            last = first + length - 1
+            end_step[i] = last
+            record.started_at[row, i] = time[requests.started_step[i]]
+            if first < steps:
+                record.first_token_at[row, i] = time[first]
+            if last < steps:
+                record.completed_at[row, i] = time[last]
+    assign_slots(requests.started_step[:started], end_step, steps, max_batch_size, record.slot[row])

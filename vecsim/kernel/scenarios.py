@@ -1,0 +1,168 @@
+"""What Python calls: draw streams, run scenarios. Each call does a range of rows on one thread, without the GIL.
+
+Several threads call at the same time with ranges of their own and scratch of their own, so results
+depend neither on their number nor on how the rows are cut. (Python threads over GIL-free kernels share work better
+than `prange`, which cuts it in equal shares; they compile in half the time and survive a fork.)
+"""
+
+import numpy as np
+
+from vecsim import lengths as length_rules
+from vecsim import load as arrival_rules
+from vecsim.kernel import streams
+from vecsim.kernel.calendar import ring_size
+from vecsim.kernel.jit import entry, inner, unsigned
+from vecsim.kernel.record import write_record
+from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, Outcome, Requests
+from vecsim.kernel.tally import tally
+from vecsim.kernel.tick import simulate
+
+CLOSED = arrival_rules.CLOSED
+RENEWAL = arrival_rules.RENEWAL
+
+output_tokens = inner(length_rules.output_tokens)
+arrival_time = inner(arrival_rules.arrival_time)
+
+
+@entry
+def draw_lengths(first, last, lengths, code, a, b, table_start, table_size, tables, draws, seed, stop):
+    """Fill the length streams [first, last): rows of `lengths`, parameters [stream], `tables` flat."""
+    for row in range(first, last):
+        if stop[0]:
+            return
+        out = lengths.values[lengths.start[row] : lengths.start[row] + lengths.size[row]]
+        units = np.zeros(out.size)
+        streams.fill(draws[row], 1.0, seed[row], units)
+        table = tables[table_start[row] : table_start[row] + table_size[row]]
+        longest = 0
+        for i in range(out.size):
+            length = output_tokens(code[row], a[row], b[row], table, units[i])
+            out[i] = length
+            longest = max(longest, length)
+        lengths.longest[row] = longest
+
+
+@entry
+def draw_arrivals(first, last, arrivals, shape, draws, seed, stop):
+    """Fill the arrival streams [first, last): instants of renewal processes of rate 1."""
+    for row in range(first, last):
+        if stop[0]:
+            return
+        out = arrivals.values[arrivals.start[row] : arrivals.start[row] + arrivals.size[row]]
+        streams.fill(draws[row], shape[row], seed[row], out)
+        t = 0.0
+        for i in range(out.size):
+            t += out[i]
+            out[i] = t
+
+
+@inner
+def fill_arrivals(code, request_rate, count, units, time_limit, out):
+    """Due times of an open load before the limit, then an infinite one; returns their number."""
+    n = 0
+    while n < count:
+        due = arrival_time(code, request_rate, n, units[unsigned(n)] if code == RENEWAL else 0.0)
+        if due >= time_limit:
+            break
+        out[unsigned(n)] = due
+        n += 1
+    out[unsigned(n)] = np.inf
+    return n
+
+
+@entry
+def run_scenarios(
+    rows, scenarios, arrivals, lengths, time_limit, warmup, quantiles, scratch, metrics, enqueued, status, record, stop
+):
+    """Run the scenarios at `rows`: a row of metrics each, and of requests into `record` if it has any.
+
+    Parameters
+    ----------
+    rows : int64[:]
+        Rows of `scenarios` and of all results.
+    metrics : float64[scenario, metric]
+        In the order of `vecsim.variables.TICK_VARIABLES`.
+    enqueued : int64[scenario]
+        Requests that entered the queue.
+    status : int64[scenario]
+        `DONE`, or why there is no result.
+    stop : uint8[1]
+        Set by another thread to end early.
+
+    Returns
+    -------
+    Outcome
+        Of the last scenario; its boundaries and requests are still in `scratch`.
+    """
+    outcome = Outcome(DONE, 0, 0, 0, 0, 0, 0.0)
+    for row in rows:
+        closed = scenarios.arrivals[row] == CLOSED
+        chunks = scenarios.total_prefill_chunks[row]
+        stream = scenarios.length_stream[row]
+        start = lengths.start[stream]
+        drawn = lengths.size[stream]
+        if closed:
+            target = scenarios.requests[row]
+        else:
+            target = 0
+            wanted = scenarios.requests[row]
+            at = scenarios.arrival_stream[row]
+            units = arrivals.values[arrivals.start[at] : arrivals.start[at] + arrivals.size[at]]
+            available = min(drawn, units.size) if scenarios.arrivals[row] == RENEWAL else drawn
+            drawn = fill_arrivals(
+                scenarios.arrivals[row],
+                scenarios.request_rate[row],
+                min(wanted, available),
+                units,
+                time_limit,
+                scratch.arrived_at,
+            )
+            if drawn == available < wanted:
+                status[row] = OUT_OF_REQUESTS
+                continue
+        requests = Requests(
+            scratch.arrived_at,
+            lengths.values[start : start + drawn],
+            scratch.enqueued_step,
+            scratch.started_step,
+        )
+        # Nothing further away than the last possible step needs a place in the ring.
+        farthest = min(chunks + lengths.longest[stream], scratch.time.size)
+        calendar = scratch.calendar[: ring_size(farthest)]
+        outcome = simulate(
+            scenarios.batcher[row],
+            scenarios.max_batch_size[row],
+            scenarios.prefill_time[row],
+            scenarios.itl[row],
+            chunks,
+            target,
+            time_limit,
+            warmup,
+            requests,
+            scratch.time,
+            calendar,
+            scratch.prefill_sum,
+            scratch.itl_samples,
+            stop,
+        )
+        status[row] = outcome.status
+        if outcome.status == INTERRUPTED:
+            break
+        if outcome.status == OUT_OF_REQUESTS:
+            continue
+        enqueued[row] = outcome.enqueued
+        if record.slot.shape[1] > 0:
+            write_record(scenarios.max_batch_size[row], chunks, closed, requests, scratch.time, outcome, record, row)
+        tally(
+            scenarios.max_batch_size[row],
+            scenarios.itl[row],
+            chunks,
+            closed,
+            warmup,
+            requests,
+            scratch,
+            outcome,
+            quantiles,
+            metrics[row],
+        )
+    return outcome

@@ -1,0 +1,172 @@
+"""Output-length distributions: declaration and rule side by side."""
+
+import math
+from typing import Annotated, Any
+
+import msgspec
+
+from vecsim.declaration import Declaration, NonNegative, Number, Positive, Range
+from vecsim.kernel.state import NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS
+
+# Codes of the rule `output_tokens`, and the numbers that each is made from
+CONSTANT, NORMAL, UNIFORM, LOGNORMAL, EMPIRICAL = range(5)
+DRAWS = (NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS)
+
+MOST_TOKENS = 2**30
+
+
+class Distribution(Declaration, frozen=True, kw_only=True, tag_field="type"):
+    """Base of all length distributions: whole tokens, at least 1."""
+
+    def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
+        """(code, first parameter, second parameter, table of values) for the rule."""
+        raise NotImplementedError
+
+    def expected(self) -> float:
+        """About the mean length [tokens]; for sizing arrays."""
+        raise NotImplementedError
+
+
+class Constant(Distribution, frozen=True, kw_only=True, tag=True):
+    """Every request has the same length.
+
+    Parameters
+    ----------
+    value : int
+        Length [tokens].
+    """
+
+    value: Number
+
+    def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
+        return CONSTANT, self.value, 0.0, ()
+
+    def expected(self) -> float:
+        return self.value
+
+
+class Normal(Distribution, frozen=True, kw_only=True, tag=True):
+    """`int(max(x, 1))` with x normal, from NumPy's legacy stream `RandomState(seed).normal(mean, std)`.
+
+    Parameters
+    ----------
+    mean : float
+        Mean of the normal [tokens]. The cut at 1 lifts the mean length above it where `std` is large.
+    std : float
+        Standard deviation of the normal [tokens].
+    """
+
+    mean: NonNegative
+    std: NonNegative = 0.0
+
+    def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
+        return NORMAL, self.mean, self.std, ()
+
+    def expected(self) -> float:
+        return max(self.mean + 0.1 * self.std, 1.0)
+
+
+class Uniform(Distribution, frozen=True, kw_only=True, tag=True):
+    """Every whole length from `low` to `high`, both included, equally likely.
+
+    Parameters
+    ----------
+    low, high : int
+        Shortest and longest length [tokens].
+    """
+
+    low: Number
+    high: Number
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
+            raise ValueError(f"low must be <= high, got low={self.low}, high={self.high}")
+
+    def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
+        return UNIFORM, self.low, self.high, ()
+
+    def expected(self) -> float:
+        return (self.low + self.high) / 2
+
+
+class LogNormal(Distribution, frozen=True, kw_only=True, tag=True):
+    """`int(max(x, 1))` with x lognormal, given by the mean and standard deviation of x itself.
+
+    Parameters
+    ----------
+    mean : float
+        Mean of x [tokens].
+    std : float
+        Standard deviation of x [tokens].
+
+    Notes
+    -----
+    log x is normal with variance s^2 = log(1 + std^2 / mean^2) and mean log(mean) - s^2 / 2.
+    """
+
+    mean: Positive
+    std: NonNegative
+
+    def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
+        variance = math.log1p((self.std / self.mean) ** 2)
+        return LOGNORMAL, math.log(self.mean) - variance / 2, math.sqrt(variance), ()
+
+    def expected(self) -> float:
+        return max(self.mean, 1.0)
+
+
+class Empirical(Distribution, frozen=True, kw_only=True, tag=True):
+    """Lengths drawn from measured ones, each equally likely.
+
+    Parameters
+    ----------
+    values : sequence of int
+        Measured lengths [tokens].
+    """
+
+    values: tuple[Annotated[int, Range(1, MOST_TOKENS)], ...]
+
+    def __post_init__(self) -> None:
+        try:
+            values = tuple(int(value) for value in self.values)
+            whole = all(value == given for value, given in zip(values, self.values, strict=True))
+        except (TypeError, ValueError):
+            whole = False
+        if not whole or not values or min(values) < 1 or max(values) > MOST_TOKENS:
+            raise ValueError(
+                f"values must be one or more whole numbers >= 1 and <= {MOST_TOKENS}, got {_short(self.values)}"
+            )
+        msgspec.structs.force_setattr(self, "values", values)
+
+    def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
+        return EMPIRICAL, 0.0, 0.0, self.values
+
+    def expected(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    def label(self) -> str:
+        return f"Empirical({_short(self.values)})"
+
+
+AnyDistribution = Constant | Normal | Uniform | LogNormal | Empirical
+
+
+def _short(values: Any) -> str:
+    text = repr(values)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def output_tokens(code, a, b, table, draw):
+    """Rule: the length of one request, from one number of its stream (see `DRAWS`)."""
+    if code == NORMAL:
+        x = a + b * draw
+    elif code == LOGNORMAL:
+        x = math.exp(a + b * draw)
+    elif code == UNIFORM:
+        x = a + math.floor(draw * (b - a + 1.0))
+    elif code == EMPIRICAL:
+        x = float(table[int(draw * len(table))])
+    else:
+        x = a
+    return int(min(max(x, 1.0), float(MOST_TOKENS)))

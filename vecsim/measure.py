@@ -1,0 +1,51 @@
+"""The arguments that a run and a sweep share: how long, from when on, which quantiles."""
+
+from collections.abc import Sequence
+
+from vecsim.variables import DEFAULT_QUANTILES
+
+LONGEST_RUN = 1e9
+
+
+def check_times(time_limit: float, warmup: float) -> tuple[float, float]:
+    """Both as floats.
+
+    Raises
+    ------
+    ValueError
+        When one isn't a number in its range.
+    """
+    for name, value in (("time_limit", time_limit), ("warmup", warmup)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            try:
+                float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} must be a number, got {value!r}") from None
+    time_limit, warmup = float(time_limit), float(warmup)
+    if not 0 < time_limit <= LONGEST_RUN:
+        raise ValueError(f"time_limit must be > 0 and <= {LONGEST_RUN:g}, got {time_limit:g}")
+    if not 0 <= warmup < time_limit:
+        raise ValueError(f"warmup must be >= 0 and < time_limit ({time_limit:g}), got {warmup:g}")
+    return time_limit, warmup
+
+
+def check_quantiles(quantiles: Sequence[float] | None) -> tuple[float, ...]:
+    """Ascending quantiles, the usual ones if None.
+
+    Raises
+    ------
+    ValueError
+        When one isn't in [0, 1] or is given twice.
+    """
+    if quantiles is None:
+        return DEFAULT_QUANTILES
+    try:
+        values = tuple(sorted(float(q) for q in quantiles))
+    except (TypeError, ValueError):
+        raise ValueError(f"quantiles must be numbers in [0, 1], got {quantiles!r}") from None
+    for q in values:
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantiles must be in [0, 1], got {q:g}")
+    if len(set(values)) < len(values):
+        raise ValueError(f"quantiles must differ from one another, got {quantiles!r}")
+    return values

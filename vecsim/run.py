@@ -1,0 +1,154 @@
+"""A single run: the sweep of one scenario that keeps every request and every step."""
+
+import functools
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vecsim.axes import Plan
+from vecsim.engine import Engine
+from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
+from vecsim.measure import check_quantiles, check_times
+from vecsim.scenarios import lower
+from vecsim.simulate import Single, simulate_one
+from vecsim.variables import STEP_VARIABLES, stat_labels
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class Run:
+    """What one gets back from `Engine.run`.
+
+    Attributes
+    ----------
+    engine : Engine
+        What was run.
+    time_limit, warmup : float
+        As given [ticks].
+    metrics : xarray.Dataset
+        One value a metric; the latencies over `stat`.
+    requests : xarray.Dataset
+        Over `request`: `arrived_at`, `enqueued_at`, `started_at`, `first_token_at`, `completed_at` [ticks, NaN where
+        it never happened], `output_tokens`, `slot` (-1 if it never started).
+    steps : xarray.Dataset
+        Over `step`: `time`, `duration` [ticks], `queue_size`, `prefilling`, `decoding` [requests].
+    """
+
+    def __init__(
+        self, engine: Engine, time_limit: float, warmup: float, quantiles: tuple[float, ...], single: Single
+    ) -> None:
+        self.engine = engine
+        self.time_limit = time_limit
+        self.warmup = warmup
+        self._quantiles = quantiles
+        self._single = single
+
+    @functools.cached_property
+    def metrics(self) -> "xr.Dataset":
+        attrs = base_attrs(self.engine, self.time_limit, self.warmup)
+        return metrics_dataset(self._single.metrics[np.newaxis], {}, {}, self._quantiles, attrs)
+
+    @functools.cached_property
+    def requests(self) -> "xr.Dataset":
+        import xarray as xr
+
+        variables = record_variables(self._single.record, (), ())
+        size = self._single.record.slot.shape[1]
+        return xr.Dataset(
+            variables, {"request": np.arange(size)}, base_attrs(self.engine, self.time_limit, self.warmup)
+        )
+
+    @functools.cached_property
+    def steps(self) -> "xr.Dataset":
+        import xarray as xr
+
+        outcome, scratch = self._single.outcome, self._single.scratch
+        steps = outcome.steps
+        started = scratch.started_step[: outcome.started]
+        first = started + self.engine.load_generator.total_prefill_chunks
+        ended = first + self._single.record.output_tokens[0, : outcome.started] - 1
+
+        def count(entered: np.ndarray, left: np.ndarray) -> np.ndarray:
+            """How many are in a state at each step, from the boundaries at which they enter and leave it."""
+            change = np.bincount(entered[entered < steps], minlength=steps)
+            change -= np.bincount(left[left < steps], minlength=steps)
+            return np.cumsum(change)
+
+        values = {
+            "time": scratch.time[:steps],
+            "duration": np.diff(scratch.time[: steps + 1]),
+            "queue_size": count(scratch.enqueued_step[: outcome.enqueued], started),
+            "prefilling": count(started, first),
+            "decoding": count(first, ended),
+        }
+        variables = {variable.name: describe(variable, ("step",), values[variable.name]) for variable in STEP_VARIABLES}
+        return xr.Dataset(
+            variables, {"step": np.arange(steps)}, base_attrs(self.engine, self.time_limit, self.warmup)
+        )
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """(label, value) in the reference's words and digits."""
+        metrics = self.metrics
+        mean = {name: float(metrics[name].sel(stat="mean")) for name in ("e2e", "ttft", "itl")}
+        return [
+            ("Average E2E Latency", f"{mean['e2e']:.2f}"),
+            ("Average TTFT", f"{mean['ttft']:.2f}"),
+            ("Average ITL", f"{mean['itl']:.2f}"),
+            ("Requests/(1K ticks)/instance", f"{float(metrics.request_throughput):.2f}"),
+            ("Tokens/(1K ticks)/instance", f"{float(metrics.token_throughput):.2f}"),
+            ("Final Queue Size", f"{int(metrics.final_queue)}"),
+            ("Completed Requests", f"{int(metrics.completed)} of {int(metrics.arrived)}"),
+            ("Slot Utilization", f"{100 * float(metrics.utilization):.1f} %"),
+        ]
+
+    def _latencies(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
+        """Column heads, and a row of numbers for each latency."""
+        rows = [
+            (title, [f"{value:.2f}" for value in self.metrics[name].values])
+            for name, title in (("e2e", "E2E"), ("ttft", "TTFT"), ("tpot", "TPOT"), ("queue_time", "Queue"), ("itl", "ITL"))
+        ]
+        return stat_labels(self._quantiles), rows
+
+    def _title(self) -> str:
+        load = self.engine.load_generator.label()
+        return f"{self.engine.batcher.label()}, {self.engine.max_batch_size} slots, {load}, {self.time_limit:g} ticks"
+
+    def __str__(self) -> str:
+        lines = [self._title(), ""]
+        lines += [f"{label} = {value}" if "/(" in label else f"{label}: {value}" for label, value in self._rows()]
+        heads, rows = self._latencies()
+        lines += ["", f"{'[ticks]':8}" + "".join(f"{head:>10}" for head in heads)]
+        lines += [f"{title:8}" + "".join(f"{number:>10}" for number in numbers) for title, numbers in rows]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Run of {self._title()}>"
+
+    def _repr_html_(self) -> str:
+        def table(head: list[str], rows: list[list[str]]) -> str:
+            cells = "".join(
+                "<tr>" + "".join(f"<td style='text-align:{'right' if i else 'left'}'>{html.escape(cell)}</td>"
+                                 for i, cell in enumerate(row)) + "</tr>"
+                for row in rows
+            )
+            heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+            return f"<table>{f'<thead><tr>{heads}</tr></thead>' if head else ''}<tbody>{cells}</tbody></table>"
+
+        heads, rows = self._latencies()
+        return (
+            f"<div><b>{html.escape(self._title())}</b>"
+            + table([], [list(row) for row in self._rows()])
+            + table(["ticks", *heads], [[title, *numbers] for title, numbers in rows])
+            + "</div>"
+        )
+
+
+def run(engine: Engine, time_limit: float, *, warmup: float = 0.0, quantiles: Sequence[float] | None = None) -> Run:
+    """Simulate an engine once; see `Engine.run`."""
+    time_limit, warmup = check_times(time_limit, warmup)
+    wanted = check_quantiles(quantiles)
+    table = lower(Plan(engine, (), {}, {}), time_limit)
+    return Run(engine, time_limit, warmup, wanted, simulate_one(table, warmup, wanted))

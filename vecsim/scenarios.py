@@ -1,0 +1,247 @@
+"""The lowering: a declaration and axes -> one table of parameter columns, cut in blocks that fit in memory."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vecsim.axes import Plan, replace
+from vecsim.batching import BATCHERS, IFBatcherWithOnePrefillOnly
+from vecsim.engine import Engine
+from vecsim.kernel.state import EXPONENTIAL_DRAWS, GAMMA_DRAWS, NO_DRAWS, Array, Scenarios
+from vecsim.lengths import DRAWS
+from vecsim.load import AT_ONCE, CLOSED, RENEWAL
+
+# Fields that are columns of the table: an axis over one of them costs no declaration per value.
+COLUMNS = {
+    "max_batch_size": "max_batch_size",
+    "load_generator.prefill_time": "prefill_time",
+    "load_generator.itl": "itl",
+    "load_generator.total_prefill_chunks": "total_prefill_chunks",
+    "load_generator.seed": "seed",
+    "load_generator.request_rate": "request_rate",
+    "load_generator.initial_batch": "requests",
+    "load_generator.target_concurrency": "requests",
+}
+INTEGERS = ("batcher", "max_batch_size", "total_prefill_chunks", "arrivals", "requests", "seed")
+
+# The drawn streams of a block stay within this, unless one alone is larger.
+BLOCK_BYTES = 64 * 2**20
+BLOCK_SCENARIOS = 2**16
+
+ENDLESS = 2**62
+
+
+class Table(NamedTuple):
+    """Every scenario of a sweep.
+
+    A column is an array that broadcasts to `shape`: it varies along the dimensions of the axes that matter to it.
+    """
+
+    shape: tuple[int, ...]
+    columns: dict[str, Array]
+    lengths: dict[str, Array]  # parameters of each length stream [stream]
+    arrivals: dict[str, Array]  # parameters of each arrival stream [stream]
+    tables: Array  # values of empirical distributions, one after the other
+    time_limit: float
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def at(self, name: str, rows: Array) -> Array:
+        """A column's values at flat scenario numbers."""
+        return self.pick(self.columns[name], rows)
+
+    def pick(self, column: Array, rows: Array) -> Array:
+        """Values at flat scenario numbers of anything that broadcasts to the table's shape."""
+        shape = self.shape or (1,)
+        return np.broadcast_to(column, shape)[np.unravel_index(rows, shape)]
+
+
+def lower(plan: Plan, time_limit: float) -> Table:
+    """Make the table of a plan's scenarios."""
+    dims = tuple(plan.sizes)
+    shape = tuple(plan.sizes.values())
+
+    def spread(values: Array, over: tuple[str, ...]) -> Array:
+        """Order `values` [over] like the table's dimensions, with length 1 where it doesn't vary."""
+        order = sorted(range(len(over)), key=lambda i: dims.index(over[i]))
+        sizes = [plan.sizes[dim] if dim in over else 1 for dim in dims]
+        return values.transpose(order).reshape(sizes)
+
+    # Axes over components and their inner fields: one declaration for each combination.
+    inner = sorted((axis for axis in plan.axes if axis.path not in COLUMNS), key=lambda axis: axis.path.count("."))
+    over = tuple(dim for dim in dims if any(dim in axis.dims for axis in inner))
+    tables: dict[tuple[int, ...], int] = {}
+    rows = []
+    for index in np.ndindex(tuple(plan.sizes[dim] for dim in over)):
+        place = dict(zip(over, index, strict=True))
+        engine = plan.engine
+        for axis in inner:
+            value = axis.values[tuple(place[dim] for dim in axis.dims)]
+            engine = replace(engine, axis.path, value.item() if isinstance(value, np.generic) else value)
+        rows.append(parameters(engine, tables))  # type: ignore[arg-type]
+    columns = {
+        name: spread(
+            np.array([row[name] for row in rows], np.int64 if name in INTEGERS else np.float64).reshape(
+                tuple(plan.sizes[dim] for dim in over)
+            ),
+            over,
+        )
+        for name in rows[0]
+    }
+    for axis in plan.axes:
+        if axis.path in COLUMNS:
+            columns[COLUMNS[axis.path]] = spread(axis.values, axis.dims)
+    flat_tables = np.array([value for table in tables for value in table] or [0], np.int64)
+
+    random = columns["length_draws"] != NO_DRAWS
+    columns["length_stream"], lengths = _distinct(
+        {
+            "code": columns["length_code"],
+            "a": columns["length_a"],
+            "b": columns["length_b"],
+            "table_start": columns["length_table"],
+            "table_size": columns["length_table_size"],
+            "draws": columns["length_draws"],
+            "seed": np.where(random, columns["seed"], 0),
+        }
+    )
+    renewal = columns["arrivals"] == RENEWAL
+    columns["arrival_stream"], arrivals = _distinct(
+        {
+            "shape": np.where(renewal, columns["shape"], 0.0),
+            "draws": np.where(renewal, np.where(columns["shape"] == 1.0, EXPONENTIAL_DRAWS, GAMMA_DRAWS), NO_DRAWS),
+            "seed": np.where(renewal, _other_seed(columns["seed"]), 0),
+        }
+    )
+    return Table(shape, columns, lengths, arrivals, flat_tables, time_limit)
+
+
+def parameters(engine: Engine, tables: dict[tuple[int, ...], int]) -> dict[str, Any]:
+    """One row of the table; empirical lengths are appended to `tables` (values -> place of the first)."""
+    load = engine.load_generator
+    code, a, b, table = load.output_length.parameters()
+    if table not in tables:
+        tables[table] = sum(len(other) for other in tables)
+    return {
+        "batcher": BATCHERS.index(type(engine.batcher)),
+        "max_batch_size": engine.max_batch_size,
+        "prefill_time": load.prefill_time,
+        "itl": load.itl,
+        "total_prefill_chunks": load.total_prefill_chunks,
+        "arrivals": load.arrivals,
+        "request_rate": 1.0,
+        "requests": ENDLESS,
+        "shape": 1.0,
+        "seed": load.seed,
+        "length_code": code,
+        "length_a": a,
+        "length_b": b,
+        "length_table": tables[table],
+        "length_table_size": len(table),
+        "length_draws": DRAWS[code],
+        "length_mean": load.output_length.expected(),
+        **load.arrival_parameters(),
+    }
+
+
+def _distinct(columns: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Number the distinct rows of columns: (the number at each place, the columns of the distinct rows)."""
+    spread = np.broadcast_arrays(*columns.values())
+    rows = np.stack([column.ravel().astype(np.float64) for column in spread], axis=1)
+    distinct, number = np.unique(rows, axis=0, return_inverse=True)
+    kept = {
+        name: distinct[:, i].astype(np.float64 if name in ("a", "b", "shape") else np.int64)
+        for i, name in enumerate(columns)
+    }
+    return number.reshape(spread[0].shape), kept
+
+
+def _other_seed(seed: Array) -> Array:
+    """A seed for arrivals that shares no stream with the lengths of nearby seeds (SplitMix64, upper half)."""
+    z = np.atleast_1d(seed).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(32)).astype(np.int64).reshape(seed.shape)
+
+
+def requests_needed(table: Table, more: float) -> Array:
+    """How many requests to draw for each scenario, enough unless luck is against it; `more` multiplies it.
+
+    A scenario that needs more than this says so, and is run again with more.
+    """
+    columns = table.columns
+    arrivals, time_limit = columns["arrivals"], table.time_limit
+    requests = columns["requests"].astype(np.float64)
+    expected = columns["request_rate"] * time_limit
+    spread = np.where(arrivals == RENEWAL, 8.0 * np.sqrt((expected + 1.0) / columns["shape"]) + 16.0, 2.0)
+    due = (expected + spread) * np.where(arrivals == RENEWAL, more, 1.0)
+
+    # A closed loop puts in as many as the slots can serve, a step taking a tick or more.
+    slots = np.minimum(columns["max_batch_size"], requests)
+    served = 1.1 * slots * (time_limit + 1.0) / (columns["total_prefill_chunks"] + columns["length_mean"] - 1.0)
+    one_at_a_time = (time_limit + 1.0) / columns["total_prefill_chunks"] + 1.0
+    one_prefill = columns["batcher"] == BATCHERS.index(IFBatcherWithOnePrefillOnly)
+    served = np.where(one_prefill, np.minimum(served, one_at_a_time), served)
+    closed = (served + 8.0 * np.sqrt(served) + slots + 64.0) * more + requests
+    return np.where(arrivals == CLOSED, closed, np.where(arrivals == AT_ONCE, requests, due))
+
+
+class Block(NamedTuple):
+    """Scenarios that are lowered and run together."""
+
+    rows: Array  # flat scenario numbers
+    scenarios: Scenarios
+    lengths: dict[str, Array]  # parameters of the streams used, and `size` [tokens]
+    arrivals: dict[str, Array]
+    most_requests: int
+
+
+def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
+    """Cut scenarios in blocks: those that share streams together, drawn numbers within `BLOCK_BYTES`."""
+    length_stream = table.at("length_stream", rows)
+    arrival_stream = table.at("arrival_stream", rows)
+    needed = np.ceil(table.pick(requests_needed(table, more), rows)).astype(np.int64)
+    renewal = table.at("arrivals", rows) == RENEWAL
+    length_sizes = _largest(length_stream, needed, table.lengths["seed"].size)
+    arrival_sizes = _largest(arrival_stream, np.where(renewal, needed, 0), table.arrivals["seed"].size)
+
+    order = np.lexsort((arrival_stream, length_stream))
+    length_stream, arrival_stream = length_stream[order], arrival_stream[order]
+    first = np.ones(order.size, bool)
+    first[1:] = length_stream[1:] != length_stream[:-1]
+    cost = np.where(first, 4 * length_sizes[length_stream], 0)
+    first[1:] |= arrival_stream[1:] != arrival_stream[:-1]
+    cost += np.where(first, 8 * arrival_sizes[arrival_stream], 0)
+    begin = 0
+    cost = np.cumsum(cost)
+    while begin < order.size:
+        spent = cost[begin - 1] if begin else 0
+        end = int(np.searchsorted(cost, spent + BLOCK_BYTES, side="right"))
+        end = min(max(end, begin + 1), begin + BLOCK_SCENARIOS, order.size)
+        part = order[begin:end]
+        used_lengths, length_number = np.unique(length_stream[begin:end], return_inverse=True)
+        used_arrivals, arrival_number = np.unique(arrival_stream[begin:end], return_inverse=True)
+        scenarios = Scenarios(
+            *(table.at(name, rows[part]) for name in Scenarios._fields[:-2]),
+            arrival_stream=arrival_number,
+            length_stream=length_number,
+        )
+        yield Block(
+            rows[part],
+            scenarios,
+            {**{k: v[used_lengths] for k, v in table.lengths.items()}, "size": length_sizes[used_lengths]},
+            {**{k: v[used_arrivals] for k, v in table.arrivals.items()}, "size": arrival_sizes[used_arrivals]},
+            int(needed[part].max()),
+        )
+        begin = end
+
+
+def _largest(stream: Array, needed: Array, streams: int) -> Array:
+    """The largest need among the scenarios that share each stream."""
+    sizes = np.zeros(streams, np.int64)
+    np.maximum.at(sizes, stream, needed)
+    return sizes

@@ -1,0 +1,90 @@
+"""Sweeps: every combination of axes in one call, one labelled Dataset back."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from vecsim.axes import plan
+from vecsim.engine import Engine
+from vecsim.gather import axis_coords, base_attrs, metrics_dataset, record_variables
+from vecsim.measure import check_quantiles, check_times
+from vecsim.scenarios import lower
+from vecsim.simulate import simulate
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def sweep(
+    engine: Engine,
+    time_limit: float,
+    *,
+    warmup: float = 0.0,
+    quantiles: Sequence[float] | None = None,
+    keep: Literal["requests"] | None = None,
+    progress: bool = True,
+    threads: int | None = None,
+    **axes: Any,
+) -> "xr.Dataset":
+    """Simulate every combination of the axes' values.
+
+    Parameters
+    ----------
+    engine : Engine
+        What is varied.
+    time_limit : float
+        Each run ends at the first boundary at or after it [ticks].
+    warmup : float
+        Requests that arrive and steps that begin before it are simulated, not measured [ticks].
+    quantiles : sequence of float, optional
+        Quantiles of the latencies, each in [0, 1]; 0.5, 0.9, 0.95 and 0.99 unless given.
+    keep : "requests", optional
+        Keep the per-request arrays of `Run.requests` too, over a dimension `request`, padded with NaN (-1 for
+        `slot`, 0 for `output_tokens`).
+    progress : bool
+        Show a progress bar when it takes more than half a second.
+    threads : int, optional
+        Threads to use; all available cores unless given. Results don't depend on it.
+    **axes
+        A keyword names a field of the declaration, however deep: `request_rate=[0.1, 0.2]`, or in full
+        `**{"load_generator.request_rate": [0.1, 0.2]}`. Lists, ranges and arrays become dimensions (outer product);
+        `xarray.DataArray` values that share a dimension vary together; scalars pin a field. Values may be
+        declarations: `batcher=[StaticBatcher(), IFBatcher()]`. Scenarios of the same `seed` see the same requests.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over the axes' dimensions in the order of the keywords; latencies over `stat` too. Each variable has
+        `long_name`, `units` and `description`; attrs hold the declaration as JSON, the version and the times.
+
+    Raises
+    ------
+    ValueError
+        When an axis is unknown, ambiguous, empty or has a wrong value, or the sweep would not fit in memory.
+    """
+    time_limit, warmup = check_times(time_limit, warmup)
+    wanted = check_quantiles(quantiles)
+    if not isinstance(engine, Engine):
+        raise ValueError(f"engine must be an Engine, got {engine!r}")
+    if keep not in (None, "requests"):
+        raise ValueError(f'keep must be "requests" or left out, got {keep!r}')
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a whole number >= 1, got {threads!r}")
+    planned = plan(engine, axes)
+    table = lower(planned, time_limit)
+    with progress_bar(planned.scenarios, progress) as bar:
+        results = simulate(
+            table, warmup, wanted, threads=threads, keep_requests=keep == "requests", progress=bar.update
+        )
+    attrs = base_attrs(planned.engine, time_limit, warmup)
+    dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs)
+    if keep == "requests":
+        dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
+        dataset = dataset.assign(record_variables(results.record, dims, shape))
+    return dataset
+
+
+def progress_bar(total: int, shown: bool) -> Any:
+    """A bar on standard error that counts scenarios."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, disable=not shown, delay=0.5, unit=" scenarios", unit_scale=True, smoothing=0.1)
