@@ -207,6 +207,7 @@ def new_streams(sizes: Array, dtype: Any) -> Streams:
 def new_scratch(block: Block, time_limit: float) -> Scratch:
     """What a thread needs for the largest scenario of a block."""
     from vecsim.kernel.quantiles import BINS
+    from vecsim.kernel.tally import LATENCIES
 
     requests = block.most_requests + 1
     steps = int(time_limit) + 2
@@ -222,10 +223,10 @@ def new_scratch(block: Block, time_limit: float) -> Scratch:
         calendar=np.empty(ring, np.int64),
         prefill_sum=np.empty(slots + 1),
         itl_samples=np.empty(slots + 1, np.int64),
-        values=np.empty((4, requests)),
-        picked=np.empty(requests),
-        bin_counts=np.empty(BINS, np.int64),
-        bin_places=np.empty(BINS, np.int64),
+        values=np.empty((LATENCIES, requests)),
+        kept=np.empty(requests + 1),
+        bin_counts=np.empty(BINS, np.int32),
+        bin_places=np.empty(BINS, np.int32),
     )
 
 

@@ -14,7 +14,7 @@ from vecsim.kernel.calendar import ring_size
 from vecsim.kernel.jit import entry, inner, unsigned
 from vecsim.kernel.record import write_record
 from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, Outcome, Requests
-from vecsim.kernel.tally import tally
+from vecsim.kernel.tally import first_at_or_after, tally
 from vecsim.kernel.tick import simulate
 
 CLOSED = arrival_rules.CLOSED
@@ -57,16 +57,17 @@ def draw_arrivals(first, last, arrivals, shape, draws, seed, stop):
 
 
 @inner
-def fill_arrivals(code, request_rate, count, units, time_limit, out):
-    """Due times of an open load before the limit, then an infinite one; returns their number."""
-    n = 0
-    while n < count:
-        due = arrival_time(code, request_rate, n, units[unsigned(n)] if code == RENEWAL else 0.0)
-        if due >= time_limit:
-            break
-        out[unsigned(n)] = due
-        n += 1
-    out[unsigned(n)] = np.inf
+def fill_arrivals(code, request_rate, units, time_limit, out):
+    """Due times of an open load before the limit, then an infinite one; returns their number. `out` has one more place."""
+    n = out.size - 1
+    if code == RENEWAL:
+        for i in range(n):
+            out[i] = arrival_time(RENEWAL, request_rate, i, units[i])
+    else:
+        for i in range(n):
+            out[i] = arrival_time(code, request_rate, i, 0.0)
+    n = first_at_or_after(out, n, time_limit)
+    out[n] = np.inf
     return n
 
 
@@ -112,10 +113,9 @@ def run_scenarios(
             drawn = fill_arrivals(
                 scenarios.arrivals[row],
                 scenarios.request_rate[row],
-                min(wanted, available),
                 units,
                 time_limit,
-                scratch.arrived_at,
+                scratch.arrived_at[: min(wanted, available) + 1],
             )
             if drawn == available < wanted:
                 status[row] = OUT_OF_REQUESTS

@@ -66,8 +66,8 @@ class Scratch(NamedTuple):
     calendar: Array  # [ring]
     prefill_sum: Array  # [slot + 1] summed time of n prefill chunks
     itl_samples: Array  # [slot + 1] ITL samples taken in steps with n prefills
-    values: Array  # [4, request]
-    picked: Array  # [request]
+    values: Array  # [latency, request]
+    kept: Array  # [request + 1] those of one latency that quantiles are selected among
     bin_counts: Array  # [bin]
     bin_places: Array  # [bin]
 

@@ -1,4 +1,4 @@
-"""From what the step loop noted to metrics and to the instants of each request. O(1) a request.
+"""From what the step loop noted to the metrics of a scenario. O(1) a request.
 
 A request admitted at boundary s has its first token at boundary s + chunks and ends at boundary
 s + chunks + length - 1, if the run gets that far.
@@ -9,6 +9,10 @@ import numpy as np
 from vecsim.kernel.jit import inner, unsigned
 from vecsim.kernel.quantiles import quantiles, weighted_quantiles
 from vecsim.kernel.tick import duration
+
+# The latencies of a request, in the order of `vecsim.variables.DISTRIBUTIONS`
+E2E, TTFT, TPOT, QUEUE_TIME = range(4)
+LATENCIES = 4
 
 
 @inner
@@ -25,17 +29,6 @@ def first_at_or_after(times, size, limit):
 
 
 @inner
-def summarise(values, total, largest, wanted, scratch, out):
-    """Mean, quantiles and maximum of one distribution into `out`; NaN if it has no sample."""
-    if values.size == 0:
-        out[:] = np.nan
-        return
-    out[0] = total / values.size
-    quantiles(values, largest, wanted, scratch.bin_counts, scratch.bin_places, scratch.picked, out[1:-1])
-    out[-1] = largest
-
-
-@inner
 def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcome, wanted, out):
     """Write the row of metrics of one scenario: the order of `vecsim.variables.TICK_VARIABLES`."""
     arrived_at, output_tokens, enqueued_step, started_step = requests
@@ -48,15 +41,17 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
     else:
         first_request = first_at_or_after(arrived_at, enqueued, warmup)
 
-    queue_time, ttft, e2e, tpot = scratch.values[0], scratch.values[1], scratch.values[2], scratch.values[3]
+    values = scratch.values
+    e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
     queue_time_sum = ttft_sum = e2e_sum = tpot_sum = busy = 0.0
     queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
+    queue_time_min = ttft_min = e2e_min = tpot_min = np.inf
     first_tokens = completed = tpots = tokens = queue_steps = 0
     begin = time[first_step]
     for i in range(started):
-        s = started_step[i]
-        queued_at = enqueued_step[i]
-        length = output_tokens[i]
+        s = int(started_step[unsigned(i)])
+        queued_at = int(enqueued_step[unsigned(i)])
+        length = int(output_tokens[unsigned(i)])
         first = s + chunks
         last = first + length - 1
         started_at = time[unsigned(s)]
@@ -70,6 +65,7 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
         queue_time[unsigned(i - first_request)] = value
         queue_time_sum += value
         queue_time_max = max(queue_time_max, value)
+        queue_time_min = min(queue_time_min, value)
         if first >= steps:
             continue
         first_token_at = time[unsigned(first)]
@@ -77,6 +73,7 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
         ttft[unsigned(first_tokens)] = value
         ttft_sum += value
         ttft_max = max(ttft_max, value)
+        ttft_min = min(ttft_min, value)
         first_tokens += 1
         if last >= steps:
             tokens += steps - first
@@ -86,32 +83,42 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
         e2e[unsigned(completed)] = value
         e2e_sum += value
         e2e_max = max(e2e_max, value)
+        e2e_min = min(e2e_min, value)
         completed += 1
         if length > 1:
             value = (left_at - first_token_at) / (length - 1)
             tpot[unsigned(tpots)] = value
             tpot_sum += value
             tpot_max = max(tpot_max, value)
+            tpot_min = min(tpot_min, value)
             tpots += 1
     for i in range(started, enqueued):
-        queue_steps += steps - max(enqueued_step[i], first_step)
+        queue_steps += steps - max(int(enqueued_step[unsigned(i)]), first_step)
 
+    # One call in a loop, not four: each would be compiled into its place.
     stats = wanted.size + 2
-    started_measured = max(started - first_request, 0)
-    summarise(e2e[:completed], e2e_sum, e2e_max, wanted, scratch, out[:stats])
-    summarise(ttft[:first_tokens], ttft_sum, ttft_max, wanted, scratch, out[stats : 2 * stats])
-    summarise(tpot[:tpots], tpot_sum, tpot_max, wanted, scratch, out[2 * stats : 3 * stats])
-    summarise(
-        queue_time[:started_measured], queue_time_sum, queue_time_max, wanted, scratch, out[3 * stats : 4 * stats]
-    )
-    itl_samples = tally_itl(itl, most_prefilling, scratch, wanted, out[4 * stats : 5 * stats])
+    sizes = (completed, first_tokens, tpots, max(started - first_request, 0))
+    sums = (e2e_sum, ttft_sum, tpot_sum, queue_time_sum)
+    least = (e2e_min, ttft_min, tpot_min, queue_time_min)
+    most = (e2e_max, ttft_max, tpot_max, queue_time_max)
+    for which in range(LATENCIES):
+        n = sizes[which]
+        row = out[which * stats : (which + 1) * stats]
+        if n > 0:
+            row[0] = sums[which] / n
+            quantiles(values[which, :n], least[which], most[which], wanted, scratch, row[1:-1])
+            row[-1] = most[which]
+        else:
+            row[:] = np.nan
+    at = LATENCIES * stats
+    itl_samples = tally_itl(itl, most_prefilling, scratch, wanted, out[at : at + stats])
+    at += stats
 
     measured_steps = steps - first_step
     measured_time = end_time - warmup
     batch_time = end_time - begin
-    at = 5 * stats
     out[at] = enqueued - first_request
-    out[at + 1] = started_measured
+    out[at + 1] = sizes[QUEUE_TIME]
     out[at + 2] = first_tokens
     out[at + 3] = completed
     out[at + 4] = itl_samples
@@ -133,18 +140,18 @@ def tally_itl(itl, most_prefilling, scratch, wanted, out):
     """
     samples = scratch.itl_samples[: most_prefilling + 1]
     durations = scratch.prefill_sum[: most_prefilling + 1]
-    count = 0
-    total = largest = 0.0
+    total = 0
+    time = largest = 0.0
     for prefilling in range(most_prefilling + 1):
         durations[prefilling] = duration(durations[prefilling], itl)
         if samples[prefilling] > 0:
-            count += samples[prefilling]
-            total += samples[prefilling] * durations[prefilling]
+            total += samples[prefilling]
+            time += samples[prefilling] * durations[prefilling]
             largest = durations[prefilling]
-    if count == 0:
+    if total == 0:
         out[:] = np.nan
     else:
-        out[0] = total / count
-        weighted_quantiles(durations, samples, count, wanted, out[1:-1])
+        out[0] = time / total
+        weighted_quantiles(durations, samples, total, wanted, out[1:-1])
         out[-1] = largest
-    return count
+    return total

@@ -14,8 +14,8 @@ from vecsim.step_time import TickStepTime
 
 duration = inner(TickStepTime.duration)
 
-# Look for an interruption once in so many steps.
-WATCH = 1 << 16
+# Look for an interruption once in so many ticks.
+WATCH = 65536.0
 
 
 def make_simulate(admit):
@@ -49,60 +49,62 @@ def make_simulate(admit):
         t = 0.0
         step = 0
         status = DONE
-        while t < time_limit:
-            if step & (WATCH - 1) == 0 and stop[0]:
+        while t < time_limit and status == DONE:
+            if stop[0]:
                 status = INTERRUPTED
-                break
-            time[unsigned(step)] = t
+            # An inner loop, so that looking for an interruption costs the step nothing.
+            pause = min(t + WATCH, time_limit)
+            while t < pause:
+                time[unsigned(step)] = t
 
-            # Advance: what the step that just ended has changed.
-            ending, prefill_ending, decode_beginning = take(calendar, step)
-            running -= ending
-            prefilling -= prefill_ending
+                # Advance: what the step that just ended has changed.
+                ending, prefill_ending, decode_beginning = take(calendar, step)
+                running -= ending
+                prefilling -= prefill_ending
 
-            # Load
-            if target > 0:
-                missing = max(target - running - (enqueued - started), 0)
-                if enqueued + missing > available:
-                    status = OUT_OF_REQUESTS
-                    break
-                for _ in range(missing):
-                    enqueued_step[unsigned(enqueued)] = step
-                    enqueued += 1
-            else:
-                while arrived_at[unsigned(enqueued)] <= t:
-                    enqueued_step[unsigned(enqueued)] = step
-                    enqueued += 1
+                # Load
+                if target > 0:
+                    missing = max(target - running - (enqueued - started), 0)
+                    if enqueued + missing > available:
+                        status = OUT_OF_REQUESTS
+                        break
+                    for _ in range(missing):
+                        enqueued_step[unsigned(enqueued)] = step
+                        enqueued += 1
+                else:
+                    while arrived_at[unsigned(enqueued)] <= t:
+                        enqueued_step[unsigned(enqueued)] = step
+                        enqueued += 1
 
-            # Admit
-            queued = enqueued - started
-            admitted = admit(Batch(running, prefilling, running - prefilling, max_batch_size - running, queued))
-            if admitted > 0:
-                running += admitted
-                prefilling += admitted
-                for request in range(started, started + admitted):
-                    length = int(output_tokens[unsigned(request)])
-                    started_step[unsigned(request)] = step
-                    # What lies beyond the ring lies beyond the run.
-                    if chunks + length <= calendar.size:
-                        file(calendar, step + chunks + length - 1, ENDS)
-                    if chunks < calendar.size:
-                        file(calendar, step + chunks, PREFILL_ENDS + DECODE_BEGINS * (length > 1))
-                started += admitted
-                while most_prefilling < prefilling:
-                    prefill_sum[most_prefilling + 1] = prefill_sum[most_prefilling] + chunk_time
-                    most_prefilling += 1
-                    itl_samples[most_prefilling] = 0
+                # Admit
+                queued = enqueued - started
+                admitted = admit(Batch(running, prefilling, running - prefilling, max_batch_size - running, queued))
+                if admitted > 0:
+                    running += admitted
+                    prefilling += admitted
+                    for request in range(started, started + admitted):
+                        length = int(output_tokens[unsigned(request)])
+                        started_step[unsigned(request)] = step
+                        # What lies beyond the ring lies beyond the run.
+                        if chunks + length <= calendar.size:
+                            file(calendar, step + chunks + length - 1, ENDS)
+                        if chunks < calendar.size:
+                            file(calendar, step + chunks, PREFILL_ENDS + DECODE_BEGINS * (length > 1))
+                    started += admitted
+                    while most_prefilling < prefilling:
+                        prefill_sum[most_prefilling + 1] = prefill_sum[most_prefilling] + chunk_time
+                        most_prefilling += 1
+                        itl_samples[most_prefilling] = 0
 
-            # Observe
-            decoding = running - prefilling
-            if t >= warmup:
-                max_queue = max(max_queue, enqueued - started)
-                itl_samples[unsigned(prefilling)] += decoding - decode_beginning
+                # Observe
+                decoding = running - prefilling
+                if t >= warmup:
+                    max_queue = max(max_queue, enqueued - started)
+                    itl_samples[unsigned(prefilling)] += decoding - decode_beginning
 
-            # Step
-            t += duration(prefill_sum[unsigned(prefilling)], itl if decoding > 0 else 0.0)
-            step += 1
+                # Step
+                t += duration(prefill_sum[unsigned(prefilling)], itl if decoding > 0 else 0.0)
+                step += 1
         time[unsigned(step)] = t
         return Outcome(status, step, enqueued, started, most_prefilling, max_queue, t)
 
