@@ -1,5 +1,6 @@
 """vecsim: a vectorised simulator of LLM inference serving."""
 
+from vecsim import plot
 from vecsim.batching import Batcher, IFBatcher, IFBatcherWithOnePrefillOnly, StaticBatcher
 from vecsim.engine import Engine
 from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform
@@ -38,5 +39,6 @@ __all__ = [
     "StepTime",
     "TickStepTime",
     "Uniform",
+    "plot",
     "sweep",
 ]

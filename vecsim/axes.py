@@ -1,7 +1,9 @@
 """Axes: keywords that name fields of a declaration, however deep, and the values that they take."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+import math
+
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 import msgspec
@@ -9,12 +11,17 @@ import numpy as np
 
 from vecsim.declaration import Declaration, _checks, check
 from vecsim.kernel.state import Array
+from vecsim.memory import require_results
+from vecsim.variables import REQUEST_VARIABLES, TICK_VARIABLES
+
+# Names that results use: an axis over a field of such a name is a dimension under its full path.
+TAKEN = {"stat", "request", *(variable.name for variable in (*TICK_VARIABLES, *REQUEST_VARIABLES))}
 
 
 class Axis(NamedTuple):
     """Values of one field along one or more dimensions."""
 
-    name: str
+    name: str  # of the coordinate
     path: str
     dims: tuple[str, ...]
     values: Array  # one axis for each of `dims`; of objects where they are declarations
@@ -98,6 +105,8 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
         When an axis is unknown, ambiguous, empty, of a wrong shape or value, or shares a dimension with
         one of another length.
     """
+    # Some 400 bytes of results a scenario; ranges can be endless, so look before making anything of them.
+    require_results(math.prod(len(value) for value in axes.values() if isinstance(value, Sized)), 400.0)
     given = {name: _values(name, value) for name, value in axes.items()}
     # Components first: what a field's name means depends on them.
     order = sorted(given, key=lambda name: not _is_component(given[name][1]))
@@ -114,7 +123,12 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
         checked = _checked(path, values, specimens.values())
         if not dims:
             engine = replace(engine, path, checked[()])
-        resolved[name] = Axis(name, path, dims, checked)
+        short = path.rpartition(".")[2]
+        label = path if short in TAKEN else short
+        if dims == (name,) and given[name][2] is None:
+            dims = (label,)
+            given[name] = dims, values, None
+        resolved[name] = Axis(label, path, dims, checked)
         if _is_component(checked):
             specimens = {
                 _shape(specimen): specimen
@@ -137,6 +151,9 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
                 )
             if array is not None and dim in array.coords:
                 coords[dim] = array.coords[dim].values
+    for dim in sizes:
+        if dim in TAKEN:
+            raise ValueError(f"dimension {dim!r} must have another name: a result is called so")
     kept = tuple(resolved[name] for name in given if given[name][0])
     for axis in kept:
         if axis.name in sizes and axis.dims != (axis.name,):
@@ -164,7 +181,7 @@ def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
                 f"axis {name!r} must be one-dimensional, got {given.ndim} dimensions; "
                 "an xarray.DataArray names its dimensions"
             )
-        dims = (name.rpartition(".")[2],)
+        dims = (name,)
         values = np.empty(len(items), object)
         values[:] = items
     if values.size == 0:

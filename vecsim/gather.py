@@ -58,13 +58,11 @@ def axis_coords(plan: Plan) -> dict[str, Any]:
     for name, values in plan.coords.items():
         coords[name] = (name, values)
     for axis in plan.axes:
-        name = axis.path.rpartition(".")[2] if "." in axis.name else axis.name
-        if name in coords and name not in axis.dims:
-            name = axis.path
-        attrs = {"long_name": name.replace("_", " ")}
-        if name in FIELD_UNITS:
-            attrs["units"] = FIELD_UNITS[name]
-        coords[name] = (axis.dims, axis.labels(), attrs)
+        field = axis.path.rpartition(".")[2]
+        attrs = {"long_name": field.replace("_", " ")}
+        if field in FIELD_UNITS:
+            attrs["units"] = FIELD_UNITS[field]
+        coords[axis.name] = (axis.dims, axis.labels(), attrs)
     return coords
 
 

@@ -4,11 +4,11 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vecsim import memory
 from vecsim.kernel.state import DONE, INTERRUPTED, Array, Outcome, Record, Scratch, Streams
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed
 from vecsim.variables import DISTRIBUTIONS, SCALARS
@@ -284,43 +284,22 @@ def available_threads() -> int:
     return os.cpu_count() or 1
 
 
-def available_memory() -> float:
-    """Bytes of memory that are free for use; infinite where the system doesn't tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
-
-
 def check_memory(table: Table, results: float, threads: int, more: float = 1.0) -> None:
-    """Refuse what would not fit, before anything is computed.
+    """Refuse what would not fit: `results` bytes for results, and what threads work in.
 
     Raises
     ------
     ValueError
         With the size, what takes it, and what to do.
     """
-    scenarios = 24.0 * table.size + 8.0 * sum(column.size for column in table.columns.values())
+    columns = 24.0 * table.size + 8.0 * sum(column.size for column in table.columns.values())
     requests = float(np.max(requests_needed(table, more)))
     streams = max(BLOCK_BYTES, 12.0 * requests)
     working = threads * (BYTES_PER_REQUEST * requests + BYTES_PER_STEP * table.time_limit)
-    total = results + scenarios + streams + working
-    free = available_memory()
-    if total <= free:
-        return
-    if working + streams > results + scenarios:
-        largest = f"{requests:.3g} requests and {table.time_limit:.3g} ticks in one scenario"
-        advice = "a shorter time_limit, a lower load or fewer threads"
+    if results + columns >= working + streams:
+        memory.require_results(table.size, (results + columns + working + streams) / table.size)
     else:
-        largest = f"the results of {table.size:,} scenarios"
-        advice = 'fewer values on an axis, several calls, or no keep="requests"'
-    raise ValueError(
-        f"this needs {total / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free: most of it is for "
-        f"{largest}. Try {advice}."
-    )
+        largest = f"{requests:.3g} requests and {table.time_limit:.3g} ticks in one scenario"
+        memory.require(
+            results + columns + working + streams, largest, "a shorter time_limit, a lower load or fewer threads"
+        )

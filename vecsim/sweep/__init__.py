@@ -49,6 +49,7 @@ def sweep(
         `**{"load_generator.request_rate": [0.1, 0.2]}`. Lists, ranges and arrays become dimensions (outer product);
         `xarray.DataArray` values that share a dimension vary together; scalars pin a field. Values may be
         declarations: `batcher=[StaticBatcher(), IFBatcher()]`. Scenarios of the same `seed` see the same requests.
+        A field that is named like a result (`itl`, `output_tokens`) becomes a dimension under its full path.
 
     Returns
     -------

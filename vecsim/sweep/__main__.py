@@ -1,0 +1,132 @@
+"""`python -m vecsim.sweep`: sweeps from the command line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vecsim.sweep import sweep
+from vecsim.sweep.files import DATASETS, PICTURES, check_output, free_name, write_dataset, write_whole
+from vecsim.sweep.spec import Spec, parse_values, read_spec, ready_made
+
+DEFAULT = "batching"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options, with the ready-made specs in the help."""
+    specs = "\n".join(f"  {name:12} {read_spec(name).description}" for name in ready_made())
+    result = argparse.ArgumentParser(
+        prog="python -m vecsim.sweep",
+        description="Simulate every combination of the axes of a spec; print a table, save a Dataset and a picture.",
+        epilog=f"ready-made specs:\n{specs}\n\n"
+        "values:\n"
+        "  0.05:0.6:56      56 evenly spaced numbers, both ends included\n"
+        "  0..31            whole numbers, both ends included\n"
+        "  1,2,4            a list\n"
+        "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields\n"
+        "  3                one value: pins the field\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("spec", nargs="?", default=DEFAULT, metavar="SPEC.toml|NAME", help=f"default: {DEFAULT}")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUES", dest="changes", help="replace or add an axis"
+    )
+    result.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="save the Dataset as .nc or .zarr (without -o and --plot: the next free NAME.nc and NAME.png)",
+    )
+    result.add_argument("--plot", type=Path, metavar="FILE", help="save the picture as .png, .pdf or .svg")
+    result.add_argument("--time-limit", type=float, metavar="T", help="ticks to simulate")
+    result.add_argument("--warmup", type=float, metavar="T", help="ticks simulated but not measured")
+    result.add_argument("--at-load", type=float, metavar="X", help="load at which the table reads the TTFT")
+    result.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    result.add_argument("--force", action="store_true", help="overwrite existing files")
+    result.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    return result
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check everything that can be checked, compute, then write and print."""
+    spec = read_spec(options.spec)
+    axes = {**spec.keywords(), **read_changes(options.changes, spec)}
+    output, picture = options.output, options.plot
+    if output is None and picture is None:
+        # The default sweep is `sweep`, so that the first files a user sees are sweep.nc and sweep.png.
+        stem = "sweep" if options.spec == DEFAULT else Path(options.spec).stem
+        name = stem if options.force else free_name(stem, (".nc", ".png"))
+        output, picture = Path(f"{name}.nc"), Path(f"{name}.png")
+    if output is not None:
+        check_output(output, DATASETS, options.force)
+    if picture is not None:
+        check_output(picture, PICTURES, options.force)
+    dataset = sweep(
+        spec.engine,
+        spec.time_limit if options.time_limit is None else options.time_limit,
+        warmup=spec.warmup if options.warmup is None else options.warmup,
+        threads=options.threads,
+        progress=not options.quiet,
+        **axes,
+    )
+    if not options.quiet:
+        from vecsim.sweep.report import table
+
+        print(table(dataset, options.at_load))
+    written = []
+    if output is not None:
+        write_dataset(dataset, output)
+        written.append(str(output))
+    if picture is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from vecsim import plot
+
+        figure = plot.sweep(dataset)
+        write_whole(picture, lambda path: figure.savefig(path, dpi=150))
+        written.append(str(picture))
+    if not options.quiet:
+        print(f"saved {' and '.join(written)}")
+    return 0
+
+
+def read_changes(changes: Sequence[str], spec: Spec) -> dict[str, Any]:
+    """Axes from `--set`.
+
+    Raises
+    ------
+    ValueError
+        When one isn't NAME=VALUES.
+    """
+    axes: dict[str, Any] = {}
+    for change in changes:
+        name, equals, values = change.partition("=")
+        name = name.strip()
+        if not equals or not name or not values.strip():
+            raise ValueError(f"--set takes NAME=VALUES, got {change!r}")
+        if name in ("time_limit", "warmup"):
+            raise ValueError(f"--set varies fields of the engine: use --{name.replace('_', '-')} for {name}")
+        if name in axes:
+            raise ValueError(f"--set names {name!r} twice")
+        try:
+            axes[name] = parse_values(values)
+        except ValueError as error:
+            raise ValueError(f"--set {name}: {error}") from None
+    return axes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

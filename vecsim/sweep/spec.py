@@ -1,0 +1,180 @@
+"""Specs: sweeps written down in TOML, and the short notation for an axis's values."""
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vecsim.declaration import Declaration, from_plain
+from vecsim.engine import Engine
+
+# So many values in one range are a slip, not a sweep.
+MOST_VALUES = 10_000_000
+
+
+class Spec(Declaration, frozen=True, kw_only=True):
+    """A sweep written down: what `vecsim.sweep` is called with.
+
+    Parameters
+    ----------
+    description : str
+        One line for `--help`.
+    engine : Engine
+        What is varied.
+    time_limit, warmup : float
+        As for `vecsim.sweep` [ticks].
+    axes : dict
+        Values of each axis: a list, or text in short notation (see `parse_values`).
+    zip : dict
+        Axes that vary together: for each dimension's name, a table of axes of one length.
+    """
+
+    description: str = ""
+    engine: Engine
+    time_limit: float = 10_000.0
+    warmup: float = 0.0
+    axes: dict[str, Any] = {}
+    zip: dict[str, dict[str, Any]] = {}
+
+    def keywords(self) -> dict[str, Any]:
+        """The axes as keywords for `vecsim.sweep`.
+
+        Raises
+        ------
+        ValueError
+            When a value can't be read.
+        """
+        import xarray as xr
+
+        keywords = {name: _values(values, f"axes.{name}") for name, values in self.axes.items()}
+        for dim, axes in self.zip.items():
+            for name, values in axes.items():
+                read = _values(values, f"zip.{dim}.{name}")
+                array = np.empty(len(read), object)
+                array[:] = list(read)
+                keywords[name] = xr.DataArray(array, dims=dim)
+        return keywords
+
+
+def ready_made() -> dict[str, Any]:
+    """The specs that ship with the package, by name."""
+    folder = resources.files("vecsim.sweep") / "specs"
+    return {file.name.removesuffix(".toml"): file for file in sorted(folder.iterdir(), key=lambda file: file.name)}
+
+
+def read_spec(name: str) -> Spec:
+    """A spec from a TOML file, or a ready-made one by name.
+
+    Raises
+    ------
+    ValueError
+        When there is none, or it isn't right: says where.
+    """
+    import tomllib
+
+    if name in ready_made():
+        text = ready_made()[name].read_text()
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"no spec {name!r}: neither a file nor one of {', '.join(ready_made())}")
+        text = path.read_text()
+    try:
+        return from_plain(tomllib.loads(text), Spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def parse_values(text: str) -> Any:
+    """Values in short notation.
+
+    `0.1:0.6:6` is six evenly spaced numbers, both ends included; `0..31` are whole numbers, both ends included;
+    `a,b,c` is a list; anything else is one value, which pins the field. A value is a number or a declaration, such
+    as `IFBatcher` or `LogNormal(mean=10, std=5)`.
+
+    Raises
+    ------
+    ValueError
+        When the text can't be read that way.
+    """
+    text = text.strip()
+    if match := re.fullmatch(r"([^:]+):([^:]+):([^:]+)", text):
+        first, last, count = (_number(part) for part in match.groups())
+        if not isinstance(count, int) or not 1 <= count <= MOST_VALUES or first is None or last is None:
+            raise ValueError(f"a range is FIRST:LAST:COUNT with a whole COUNT >= 1, got {text!r}")
+        return np.linspace(first, last, count)
+    if match := re.fullmatch(r"([+-]?\d+)\.\.([+-]?\d+)", text):
+        begin, end = int(match[1]), int(match[2])
+        if not 0 <= end - begin < MOST_VALUES:
+            raise ValueError(f"whole numbers are FIRST..LAST with FIRST <= LAST, got {text!r}")
+        return range(begin, end + 1)
+    parts = re.split(r",(?![^()]*\))", text)
+    if len(parts) == 1:
+        return parse_value(text)
+    return [parse_value(part) for part in parts if part.strip()]
+
+
+def parse_value(text: str) -> Any:
+    """One number or declaration.
+
+    Raises
+    ------
+    ValueError
+        When it is neither.
+    """
+    text = text.strip()
+    number = _number(text)
+    if number is not None:
+        return number
+    match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
+    if match is None:
+        raise ValueError(f"can't read the value {text!r}: write a number or a declaration such as IFBatcher")
+    fields = {}
+    for part in re.split(r",(?![^(\[]*[)\]])", match[2] or ""):
+        if part.strip():
+            name, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f"can't read {part.strip()!r} in {text!r}: write field=value")
+            if listed := re.fullmatch(r"\s*\[(.*)\]\s*", value):
+                fields[name.strip()] = [parse_value(item) for item in listed[1].split(",")]
+            else:
+                fields[name.strip()] = parse_value(value)
+    return from_plain({"type": match[1], **fields}, _declaration(match[1]))
+
+
+def _declaration(name: str) -> Any:
+    """The declaration class of a name."""
+
+    def below(cls: type) -> list[type]:
+        return [kind for sub in cls.__subclasses__() for kind in (sub, *below(sub))]
+
+    found = {cls.__name__: cls for cls in below(Declaration) if getattr(cls, "__struct_config__").tag is not None}  # noqa: B009
+    if name not in found:
+        raise ValueError(f"can't read the value {name!r}: it is neither a number nor one of {', '.join(sorted(found))}")
+    return found[name]
+
+
+def _number(text: str) -> float | int | None:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
+
+def _values(values: Any, where: str) -> Any:
+    """Axis values from TOML: text in short notation, numbers, or tables of declarations."""
+    try:
+        if isinstance(values, str):
+            return parse_values(values)
+        if isinstance(values, dict):
+            return from_plain(values, _declaration(str(values.get("type"))))
+        if isinstance(values, list):
+            return [_values(value, "") for value in values]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+    return values
