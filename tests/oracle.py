@@ -116,3 +116,52 @@ def simulate(
         step_ran = True
     result.end_time = t
     return result
+
+
+def metrics(result: Result, max_batch_size: int, warmup: float, quantiles) -> dict:
+    """Every output variable, from its definition, with NumPy over lists."""
+    import numpy as np
+
+    last = result.boundaries[-1]
+    measured = [r for r in result.requests if r.arrived_at >= warmup]
+    steps = [i for i, t in enumerate(result.boundaries) if t >= warmup]
+    started = [r for r in measured if not math.isnan(r.started_at)]
+    with_token = [r for r in measured if not math.isnan(r.first_token_at)]
+    completed = [r for r in measured if not math.isnan(r.completed_at)]
+    samples = {
+        "e2e": [r.completed_at - r.enqueued_at for r in completed],
+        "ttft": [r.first_token_at - r.enqueued_at for r in with_token],
+        "tpot": [
+            (r.completed_at - r.first_token_at) / (r.length - 1) for r in completed if r.length > 1
+        ],
+        "queue_time": [r.started_at - r.enqueued_at for r in started],
+        "itl": [duration for t, duration in result.itls if t >= warmup],
+    }
+    out = {}
+    for name, values in samples.items():
+        if values:
+            out[name] = [np.mean(values), *np.quantile(values, quantiles), max(values)]
+        else:
+            out[name] = [math.nan] * (len(quantiles) + 2)
+    span = result.end_time - warmup
+    running = [result.prefilling[i] + result.decoding[i] for i in steps]
+    busy = sum(n * result.durations[i] for n, i in zip(running, steps, strict=True))
+    slot_time = max_batch_size * sum(result.durations[i] for i in steps)
+    queues = [result.queue_sizes[i] for i in steps]
+    out |= {
+        "arrived": len(measured),
+        "started": len(started),
+        "first_tokens": len(with_token),
+        "completed": len(completed),
+        "itl_samples": len(samples["itl"]),
+        "request_throughput": 1000 * len(completed) / span,
+        "token_throughput": 1000 * sum(r.tokens for r in started) / span,
+        "final_queue": result.queue_sizes[-1],
+        "mean_queue": np.mean(queues) if queues else math.nan,
+        "max_queue": max(queues, default=0),
+        "utilization": busy / slot_time if slot_time else math.nan,
+        "end_time": result.end_time,
+        "steps": len(steps),
+    }
+    assert last < result.end_time
+    return out

@@ -88,8 +88,9 @@ def simulate_one(table: Table, warmup: float, quantiles: tuple[float, ...]) -> S
             record = no_record(1, block.most_requests)
             results = Results(np.empty((1, width)), np.empty(1, np.int64), record)
             scratch = new_scratch(block, table.time_limit)
-            status, outcome = _run_block(table, block, results, warmup, quantiles, workers, lambda: scratch)
+            status, outcomes = _run_block(table, block, results, warmup, quantiles, workers, lambda: scratch)
             if status[0] == DONE:
+                (outcome,) = outcomes
                 kept = Record(*(array[:, : outcome.enqueued] for array in record))
                 return Single(results.metrics[0], kept, outcome, scratch)
             more *= 2.0
@@ -152,14 +153,15 @@ def _run_block(
     workers: "Workers",
     scratch: Callable[[], Scratch],
     progress: Callable[[int], Any] = lambda done: None,
-) -> tuple[Array, Outcome]:
-    """Draw a block's streams and run its scenarios: (status of each, outcome of the last one run)."""
+) -> tuple[Array, list[Outcome]]:
+    """Draw a block's streams and run its scenarios: (status of each, [outcome of the last one recorded])."""
     from vecsim.kernel.scenarios import draw_arrivals, draw_lengths, run_scenarios
 
     lengths, arrivals = new_streams(block.lengths["size"], np.int32), new_streams(block.arrivals["size"], np.float64)
     size = block.rows.size
     status = np.full(size, INTERRUPTED, np.int64)
     stop = workers.stop
+    wanted = np.array(quantiles)
     outcome: list[Outcome] = []
 
     def draw_some_lengths(first: int, last: int) -> None:
@@ -173,29 +175,36 @@ def _run_block(
         parameters = [block.arrivals[name] for name in ("shape", "draws", "seed")]
         draw_arrivals(first, last, arrivals, *parameters, stop)
 
-    def run_some(first: int, last: int) -> None:
-        outcome[:] = [
-            run_scenarios(
-                np.arange(first, last),
-                block.scenarios,
-                arrivals,
-                lengths,
-                table.time_limit,
-                warmup,
-                np.array(quantiles),
-                scratch(),
-                results.metrics,
-                results.enqueued,
-                status,
-                results.record,
-                stop,
-            )
-        ]
+    def run_rows(first: int, last: int) -> Outcome:
+        return run_scenarios(
+            np.arange(first, last),
+            block.scenarios,
+            arrivals,
+            lengths,
+            table.time_limit,
+            warmup,
+            wanted,
+            scratch(),
+            results.metrics,
+            results.enqueued,
+            status,
+            stop,
+        )
 
+    def run_and_record(first: int, last: int) -> None:
+        from vecsim.kernel.record import write_record
+
+        for row in range(first, last):
+            outcome[:] = [run_rows(row, row + 1)]
+            if status[row] == DONE:
+                write_record(row, block.scenarios, lengths, scratch(), outcome[0], results.record)
+
+    keep = results.record.slot.shape[1] > 0
     workers.share(draw_some_lengths, lengths.start.size, lengths.values.size)
-    workers.share(draw_some_arrivals, arrivals.start.size, arrivals.values.size)
-    workers.share(run_some, size, size * (table.time_limit + block.most_requests), progress)
-    return status, outcome[0]
+    if arrivals.values.size:
+        workers.share(draw_some_arrivals, arrivals.start.size, arrivals.values.size)
+    workers.share(run_and_record if keep else run_rows, size, size * (table.time_limit + block.most_requests), progress)
+    return status, outcome
 
 
 def new_streams(sizes: Array, dtype: Any) -> Streams:
@@ -248,7 +257,7 @@ class Workers:
 
     def share(
         self,
-        task: Callable[[int, int], None],
+        task: Callable[[int, int], Any],
         size: int,
         cost: float,
         progress: Callable[[int], Any] = lambda done: None,
@@ -266,7 +275,7 @@ class Workers:
         cuts = [size * i // pieces for i in range(pieces + 1)]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="vecsim")
-        futures: dict[Future[None], int] = {
+        futures: dict[Future[Any], int] = {
             self._pool.submit(task, first, last): last - first for first, last in zip(cuts, cuts[1:], strict=False)
         }
         waiting = set(futures)

@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
-inner = numba.njit(**OPTIONS)
+inner = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 # An unsigned index spares the check for a negative one at each access: 20 % of the step loop.
 unsigned = np.uint64

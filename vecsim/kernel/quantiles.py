@@ -58,13 +58,15 @@ def interpolate(low, high, weight):
 
 
 @inner
-def quantiles(values, smallest, largest, wanted, scratch, out):
-    """`numpy.quantile(values, wanted)` of one or more non-negative values, into `out`; `wanted` ascends."""
+def quantiles(values, smallest, largest, wanted, counts, places, kept, out):
+    """`numpy.quantile(values, wanted)` of one or more non-negative values, into `out`; `wanted` ascends.
+
+    Works in `counts` [bin], `places` [bin] and `kept` [value + 1].
+    """
     n = values.size
     if smallest == largest:
         out[:] = smallest
         return
-    counts, places, kept = scratch.bin_counts, scratch.bin_places, scratch.kept
     lowest, highest = bin_of(smallest), bin_of(largest)
     counts[lowest : highest + 1] = 0
     places[lowest : highest + 1] = 0

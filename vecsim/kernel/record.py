@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from vecsim.kernel.jit import inner
+from vecsim.kernel.jit import entry, inner
+from vecsim.load import CLOSED
 
 
 @inner
@@ -46,24 +47,27 @@ def assign_slots(started_step, end_step, steps, max_batch_size, slot):
             ending[end_step[i]] = i
 
 
-@inner
-def write_record(max_batch_size, chunks, closed, requests, time, outcome, record, row):
-    """Write the row of one scenario: instants (NaN where they never came), length, slot."""
-    steps, enqueued, started = outcome.steps, outcome.enqueued, outcome.started
+@entry
+def write_record(row, scenarios, lengths, scratch, outcome, record):
+    """Write the row of the scenario that `run_scenarios` has just run in `scratch`."""
+    time, steps, enqueued, started = scratch.time, outcome.steps, outcome.enqueued, outcome.started
+    chunks = scenarios.total_prefill_chunks[row]
+    closed = scenarios.arrivals[row] == CLOSED
+    begin = lengths.start[scenarios.length_stream[row]]
     end_step = np.empty(started, np.int64)
     for i in range(enqueued):
-        enqueued_at = time[requests.enqueued_step[i]]
+        enqueued_at = time[scratch.enqueued_step[i]]
         record.enqueued_at[row, i] = enqueued_at
-        record.arrived_at[row, i] = enqueued_at if closed else requests.arrived_at[i]
-        length = requests.output_tokens[i]
+        record.arrived_at[row, i] = enqueued_at if closed else scratch.arrived_at[i]
+        length = lengths.values[begin + i]
         record.output_tokens[row, i] = length
         if i < started:
-            first = requests.started_step[i] + chunks
+            first = scratch.started_step[i] + chunks
             last = first + length - 1
             end_step[i] = last
-            record.started_at[row, i] = time[requests.started_step[i]]
+            record.started_at[row, i] = time[scratch.started_step[i]]
             if first < steps:
                 record.first_token_at[row, i] = time[first]
             if last < steps:
                 record.completed_at[row, i] = time[last]
-    assign_slots(requests.started_step[:started], end_step, steps, max_batch_size, record.slot[row])
+    assign_slots(scratch.started_step[:started], end_step, steps, scenarios.max_batch_size[row], record.slot[row])

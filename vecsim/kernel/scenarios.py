@@ -12,7 +12,6 @@ from vecsim import load as arrival_rules
 from vecsim.kernel import streams
 from vecsim.kernel.calendar import ring_size
 from vecsim.kernel.jit import entry, inner, unsigned
-from vecsim.kernel.record import write_record
 from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, Outcome, Requests
 from vecsim.kernel.tally import first_at_or_after, tally
 from vecsim.kernel.tick import simulate
@@ -73,9 +72,9 @@ def fill_arrivals(code, request_rate, units, time_limit, out):
 
 @entry
 def run_scenarios(
-    rows, scenarios, arrivals, lengths, time_limit, warmup, quantiles, scratch, metrics, enqueued, status, record, stop
+    rows, scenarios, arrivals, lengths, time_limit, warmup, quantiles, scratch, metrics, enqueued, status, stop
 ):
-    """Run the scenarios at `rows`: a row of metrics each, and of requests into `record` if it has any.
+    """Run the scenarios at `rows`: a row of metrics each.
 
     Parameters
     ----------
@@ -151,8 +150,6 @@ def run_scenarios(
         if outcome.status == OUT_OF_REQUESTS:
             continue
         enqueued[row] = outcome.enqueued
-        if record.slot.shape[1] > 0:
-            write_record(scenarios.max_batch_size[row], chunks, closed, requests, scratch.time, outcome, record, row)
         tally(
             scenarios.max_batch_size[row],
             scenarios.itl[row],

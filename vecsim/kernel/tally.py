@@ -41,7 +41,7 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
     else:
         first_request = first_at_or_after(arrived_at, enqueued, warmup)
 
-    values = scratch.values
+    values, kept, counts, places = scratch.values, scratch.kept, scratch.bin_counts, scratch.bin_places
     e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
     queue_time_sum = ttft_sum = e2e_sum = tpot_sum = busy = 0.0
     queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
@@ -106,12 +106,18 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
         row = out[which * stats : (which + 1) * stats]
         if n > 0:
             row[0] = sums[which] / n
-            quantiles(values[which, :n], least[which], most[which], wanted, scratch, row[1:-1])
+            quantiles(values[which, :n], least[which], most[which], wanted, counts, places, kept, row[1:-1])
             row[-1] = most[which]
         else:
             row[:] = np.nan
     at = LATENCIES * stats
-    itl_samples = tally_itl(itl, most_prefilling, scratch, wanted, out[at : at + stats])
+    itl_samples = tally_itl(
+        itl,
+        scratch.prefill_sum[: most_prefilling + 1],
+        scratch.itl_samples[: most_prefilling + 1],
+        wanted,
+        out[at : at + stats],
+    )
     at += stats
 
     measured_steps = steps - first_step
@@ -133,16 +139,14 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
 
 
 @inner
-def tally_itl(itl, most_prefilling, scratch, wanted, out):
+def tally_itl(itl, durations, samples, wanted, out):
     """Statistics of the inter-token latency, exact: a step's duration depends on its prefills alone.
 
-    Returns the number of samples. O(prefills in a step).
+    Turns the summed times of n prefill chunks into durations; returns the number of samples. O(n).
     """
-    samples = scratch.itl_samples[: most_prefilling + 1]
-    durations = scratch.prefill_sum[: most_prefilling + 1]
     total = 0
     time = largest = 0.0
-    for prefilling in range(most_prefilling + 1):
+    for prefilling in range(durations.size):
         durations[prefilling] = duration(durations[prefilling], itl)
         if samples[prefilling] > 0:
             total += samples[prefilling]
