@@ -1,0 +1,113 @@
+"""The kernel's pieces against NumPy and exact arithmetic."""
+
+import math
+from fractions import Fraction
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from vecsim.kernel import quantiles as kernel_quantiles
+from vecsim.kernel import streams
+from vecsim.kernel.state import EXPONENTIAL_DRAWS, GAMMA_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS
+from vecsim.lengths import EMPIRICAL, UNIFORM, output_tokens
+from vecsim.load import EVENLY, arrival_time
+
+fill = streams.fill
+
+
+@numba.njit
+def draw(kind, shape, seed, out):
+    fill(kind, shape, seed, out)
+
+
+select_quantiles = kernel_quantiles.quantiles
+
+
+@numba.njit
+def quantiles(values, wanted, counts, places, kept, out):
+    select_quantiles(values, values.min(), values.max(), wanted, counts, places, kept, out)
+
+
+weigh_quantiles = kernel_quantiles.weighted_quantiles
+
+
+@numba.njit
+def weighted_quantiles(values, weights, wanted, out):
+    weigh_quantiles(values, weights, weights.sum(), wanted, out)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("size", [1, 2, 3, 311, 312, 313, 5000])
+def test_normals_and_uniforms_are_those_of_random_state_bit_for_bit(seed, size):
+    out = np.empty(size)
+    draw(NORMAL_DRAWS, 1.0, seed, out)
+    np.testing.assert_array_equal(out, np.random.RandomState(seed).normal(size=size))
+    draw(UNIFORM_DRAWS, 1.0, seed, out)
+    np.testing.assert_array_equal(out, np.random.RandomState(seed).random_sample(size))
+
+
+def test_exponential_and_gamma_streams_follow_their_laws():
+    out = np.empty(20_000)
+    draw(EXPONENTIAL_DRAWS, 1.0, 7, out)
+    assert stats.kstest(out, stats.expon.cdf).pvalue > 1e-3
+    for shape in (0.25, 1.0, 4.0):
+        draw(GAMMA_DRAWS, shape, 7, out)
+        assert stats.kstest(out, stats.gamma(shape, scale=1 / shape).cdf).pvalue > 1e-3
+
+
+values = st.one_of(
+    st.floats(0, 1e6, allow_subnormal=True),
+    st.floats(0, 1e300),
+    st.integers(0, 20).map(float),
+    st.sampled_from([0.0, 1.0, 1e-12, 2.0**-20, 2.0**40, 1.1]),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(values, min_size=1, max_size=200), st.lists(st.floats(0, 1), min_size=1, max_size=7))
+@example([0.0] * 50 + [5.0] * 50, [0.49, 0.5, 0.51])
+def test_quantiles_are_those_of_numpy_to_the_bit(sample, wanted):
+    sample, wanted = np.array(sample), np.sort(wanted)
+    bins = np.empty((2, kernel_quantiles.BINS), np.int32)
+    out = np.empty(wanted.size)
+    quantiles(sample, wanted, bins[0], bins[1], np.empty(sample.size + 1), out)
+    np.testing.assert_array_equal(out, np.quantile(sample, wanted))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.integers(0, 9)), min_size=1, max_size=20).filter(
+        lambda pairs: any(weight for _, weight in pairs)
+    ),
+    st.lists(st.floats(0, 1), min_size=1, max_size=7),
+)
+def test_weighted_quantiles_are_those_of_the_repeated_sample(pairs, wanted):
+    pairs.sort()
+    sample = np.array([value for value, _ in pairs])
+    weights = np.array([weight for _, weight in pairs])
+    wanted = np.sort(wanted)
+    out = np.empty(wanted.size)
+    weighted_quantiles(sample, weights, wanted, out)
+    np.testing.assert_array_equal(out, np.quantile(np.repeat(sample, weights), wanted))
+
+
+@settings(max_examples=500)
+@given(st.floats(1e-6, 1e6), st.integers(0, 10**9))
+@example(10.0, 9)
+@example(0.46, 459)
+def test_evenly_spaced_arrivals_are_due_at_the_first_float_that_floor_division_accepts(rate, i):
+    due = arrival_time(EVENLY, rate, i, 0.0)
+    exact = Fraction(1 / rate) * (i + 1)
+    before = math.nextafter(due, 0.0)
+    assert Fraction(before) < exact <= Fraction(due)
+    assert due // (1 / rate) >= i + 1 > before // (1 / rate)
+
+
+def test_every_whole_length_of_a_uniform_can_be_drawn_and_no_other():
+    draws = np.linspace(0, np.nextafter(1, 0), 1000)
+    assert {output_tokens(UNIFORM, 3.0, 5.0, (), u) for u in draws} == {3, 4, 5}
+    assert {output_tokens(EMPIRICAL, 0.0, 0.0, (7, 9), u) for u in draws} == {7, 9}
