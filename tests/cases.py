@@ -43,13 +43,16 @@ def load_generator(load: str, value: float, **fields: Any) -> sim.LoadGenerator:
 
 def golden_engine(config: dict[str, Any]) -> sim.Engine:
     names = (
-        "prefill_time", "itl", "total_prefill_chunks", "target_output_len_tokens", "target_output_len_std", "seed",
+        "prefill_time",
+        "itl",
+        "total_prefill_chunks",
+        "target_output_len_tokens",
+        "target_output_len_std",
+        "seed",
     )
     return sim.Engine(
         max_batch_size=config["max_batch_size"],
-        load_generator=load_generator(
-            config["load"], config["load_value"], **{name: config[name] for name in names}
-        ),
+        load_generator=load_generator(config["load"], config["load_value"], **{name: config[name] for name in names}),
         batcher=BATCHERS[config["batcher"]],
     )
 
@@ -58,8 +61,14 @@ def published_engine(batcher: str, load: str, value: float, chunks: int) -> sim.
     return sim.Engine(
         max_batch_size=4,
         load_generator=load_generator(
-            load, value, prefill_time=2, itl=1, total_prefill_chunks=chunks, target_output_len_tokens=10,
-            target_output_len_std=5, seed=42,
+            load,
+            value,
+            prefill_time=2,
+            itl=1,
+            total_prefill_chunks=chunks,
+            target_output_len_tokens=10,
+            target_output_len_std=5,
+            seed=42,
         ),
         batcher=BATCHERS[batcher],
     )

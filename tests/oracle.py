@@ -1,4 +1,4 @@
-"""A literal, slow reading of the tick model's rules: one Python object a request, every request touched at every step."""
+"""A literal, slow reading of the tick model's rules: an object a request, each touched at every step."""
 
 import math
 from dataclasses import dataclass, field
@@ -131,9 +131,7 @@ def metrics(result: Result, max_batch_size: int, warmup: float, quantiles) -> di
     samples = {
         "e2e": [r.completed_at - r.enqueued_at for r in completed],
         "ttft": [r.first_token_at - r.enqueued_at for r in with_token],
-        "tpot": [
-            (r.completed_at - r.first_token_at) / (r.length - 1) for r in completed if r.length > 1
-        ],
+        "tpot": [(r.completed_at - r.first_token_at) / (r.length - 1) for r in completed if r.length > 1],
         "queue_time": [r.started_at - r.enqueued_at for r in started],
         "itl": [duration for t, duration in result.itls if t >= warmup],
     }

@@ -13,7 +13,8 @@ times = st.one_of(
     st.floats(0, 9, allow_subnormal=False),
 )
 rates = st.one_of(
-    st.sampled_from([0.05, 0.1, 1 / 3, 0.46, 0.5, 1.0, 3.0, 10.0]), st.floats(0.01, 12, allow_subnormal=False)
+    st.sampled_from([0.05, 0.1, 1 / 3, 0.46, 0.5, 1.0, 3.0, 10.0]),
+    st.floats(0.01, 12, allow_subnormal=False),
 )
 seeds = st.integers(0, 2**32 - 1)
 quantiles = st.lists(st.floats(0, 1), min_size=1, max_size=6, unique=True).map(sorted)
@@ -39,13 +40,14 @@ loads = st.one_of(
     st.builds(sim.RequestRateLoadGenerator, request_rate=rates, **common),
     st.builds(sim.PoissonLoadGenerator, request_rate=rates, **common),
     st.builds(
-        sim.GammaLoadGenerator, request_rate=rates, coefficient_of_variation=st.floats(0.2, 4), **common
+        sim.GammaLoadGenerator,
+        request_rate=rates,
+        coefficient_of_variation=st.floats(0.2, 4),
+        **common,
     ),
 )
 batchers = st.sampled_from([sim.StaticBatcher(), sim.IFBatcher(), sim.IFBatcherWithOnePrefillOnly()])
-engines = st.builds(
-    sim.Engine, max_batch_size=st.integers(1, 33), load_generator=loads, batcher=batchers
-)
+engines = st.builds(sim.Engine, max_batch_size=st.integers(1, 33), load_generator=loads, batcher=batchers)
 time_limits = st.one_of(st.integers(1, 150), st.floats(0.5, 150))
 
 

@@ -1,5 +1,7 @@
 """Published figures and another simulator's results, to the printed digit."""
 
+import json
+
 import numpy as np
 import pytest
 from cases import GOLDEN, PUBLISHED, PUBLISHED_LONG, golden_engine, published_engine
@@ -70,3 +72,8 @@ def test_golden_case_is_met_exactly(case):
         np.testing.assert_array_equal(ours[name].values, wanted, err_msg=name)
     if n < 400:
         assert run.requests.sizes["request"] == n
+
+
+@pytest.mark.data
+def test_the_copied_golden_cases_are_those_of_the_data_folder(data_folder):
+    assert json.loads((data_folder / "golden" / "tick-cases.json").read_text()) == GOLDEN

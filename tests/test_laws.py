@@ -17,7 +17,16 @@ def test_requests_are_conserved_and_every_request_moves_forward(engine, time_lim
     assert m.arrived >= m.started >= m.first_tokens >= m.completed
     assert m.final_queue == m.arrived - m.started
     moments = np.stack(
-        [r[name] for name in ("arrived_at", "enqueued_at", "started_at", "first_token_at", "completed_at")]
+        [
+            r[name]
+            for name in (
+                "arrived_at",
+                "enqueued_at",
+                "started_at",
+                "first_token_at",
+                "completed_at",
+            )
+        ]
     )
     gaps = np.diff(moments, axis=0)
     assert (gaps[~np.isnan(gaps)] >= 0).all()
@@ -71,9 +80,15 @@ def test_a_longer_run_begins_like_a_shorter_one(engine, time_limit, more):
 @settings(max_examples=100, deadline=None)
 @given(strategies.engines, strategies.time_limits)
 def test_in_flight_batching_leaves_no_slot_free_while_requests_wait(engine, time_limit):
-    steps = sim.Engine(
-        max_batch_size=engine.max_batch_size, load_generator=engine.load_generator, batcher=sim.IFBatcher()
-    ).run(time_limit).steps
+    steps = (
+        sim.Engine(
+            max_batch_size=engine.max_batch_size,
+            load_generator=engine.load_generator,
+            batcher=sim.IFBatcher(),
+        )
+        .run(time_limit)
+        .steps
+    )
     running = steps.prefilling + steps.decoding
     assert ((running == engine.max_batch_size) | (steps.queue_size == 0)).all()
 
@@ -81,11 +96,15 @@ def test_in_flight_batching_leaves_no_slot_free_while_requests_wait(engine, time
 @settings(max_examples=100, deadline=None)
 @given(strategies.engines, strategies.time_limits)
 def test_the_one_prefill_batcher_prefills_at_most_one(engine, time_limit):
-    steps = sim.Engine(
-        max_batch_size=engine.max_batch_size,
-        load_generator=engine.load_generator,
-        batcher=sim.IFBatcherWithOnePrefillOnly(),
-    ).run(time_limit).steps
+    steps = (
+        sim.Engine(
+            max_batch_size=engine.max_batch_size,
+            load_generator=engine.load_generator,
+            batcher=sim.IFBatcherWithOnePrefillOnly(),
+        )
+        .run(time_limit)
+        .steps
+    )
     assert (steps.prefilling <= 1).all()
 
 

@@ -33,9 +33,7 @@ def assert_inside(sample: np.ndarray, expected: float, bias: float) -> None:
 
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_poisson_arrivals_and_constant_service_wait_as_in_m_d_1(load):
-    generator = sim.PoissonLoadGenerator(
-        request_rate=load / SERVICE, prefill_time=0, output_tokens=SERVICE
-    )
+    generator = sim.PoissonLoadGenerator(request_rate=load / SERVICE, prefill_time=0, output_tokens=SERVICE)
     # Pollaczek and Khinchine: W = rho s / (2 (1 - rho))
     assert_inside(waits(generator), load * SERVICE / (2 * (1 - load)), bias=1.0)
 
@@ -64,6 +62,10 @@ def test_evenly_spaced_arrivals_below_capacity_never_wait():
 def test_offered_load_is_utilisation_with_many_slots():
     generator = sim.PoissonLoadGenerator(request_rate=0.05, prefill_time=0, output_tokens=100)
     ds = sim.sweep(
-        sim.Engine(max_batch_size=16, load_generator=generator), 1e5, seed=range(SEEDS), warmup=1e4, progress=False
+        sim.Engine(max_batch_size=16, load_generator=generator),
+        1e5,
+        seed=range(SEEDS),
+        warmup=1e4,
+        progress=False,
     )
     assert_inside(ds.utilization.values, 0.05 * 100 / 16, bias=1e-3)

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
@@ -146,8 +145,7 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
             if sizes.setdefault(dim, size) != size:
                 others = [other for other, (d, *_) in given.items() if dim in d and other != name]
                 raise ValueError(
-                    f"axes along {dim!r} must have one length: {name} has {size}, "
-                    f"{', '.join(others)} {sizes[dim]}"
+                    f"axes along {dim!r} must have one length: {name} has {size}, {', '.join(others)} {sizes[dim]}"
                 )
             if array is not None and dim in array.coords:
                 coords[dim] = array.coords[dim].values
@@ -197,7 +195,7 @@ def _checked(path: str, values: Array, specimens: Any) -> Array:
     """Every value checked against the field that it is for, as plain numbers where all are."""
     out = np.empty(values.shape, object)
     owner_path, _, name = path.rpartition(".")
-    owners = {}
+    owners: dict[Any, Any] = {}
     for specimen in specimens:
         owner = specimen
         for part in owner_path.split(".") if owner_path else ():

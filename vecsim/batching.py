@@ -5,8 +5,7 @@ decoding, free slots, queued) and returns how many requests to admit from the he
 `min(batch.free, batch.queued)`. It is plain Python; the kernel compiles it.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from vecsim.declaration import Declaration
 
@@ -14,14 +13,17 @@ from vecsim.declaration import Declaration
 class Batcher(Declaration, frozen=True, kw_only=True, tag_field="type"):
     """Base of all batchers."""
 
-    admit: ClassVar[Callable[[Any], int]]
+    @staticmethod
+    def admit(batch: Any) -> int:
+        """Rule: how many requests to admit."""
+        raise NotImplementedError
 
 
 class StaticBatcher(Batcher, frozen=True, kw_only=True, tag=True):
     """Fill an empty engine, then wait until the whole batch is done (FasterTransformer)."""
 
     @staticmethod
-    def admit(batch):
+    def admit(batch: Any) -> int:
         return min(batch.free, batch.queued) if batch.running == 0 else 0
 
 
@@ -29,7 +31,7 @@ class IFBatcher(Batcher, frozen=True, kw_only=True, tag=True):
     """In-flight batching: fill every free slot at every boundary (Orca, TensorRT-LLM)."""
 
     @staticmethod
-    def admit(batch):
+    def admit(batch: Any) -> int:
         return min(batch.free, batch.queued)
 
 
@@ -37,7 +39,7 @@ class IFBatcherWithOnePrefillOnly(Batcher, frozen=True, kw_only=True, tag=True):
     """In-flight batching with at most one request of the batch in prefill."""
 
     @staticmethod
-    def admit(batch):
+    def admit(batch: Any) -> int:
         return int(batch.prefilling == 0 and batch.free > 0 and batch.queued > 0)
 
 

@@ -3,7 +3,6 @@
 import functools
 import math
 import numbers
-import operator
 import types
 import typing
 from typing import Annotated, Any, Self, get_args, get_origin
@@ -155,16 +154,13 @@ def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) 
 
 
 def _plain_number(value: Any, whole: bool) -> float | int | None:
-    """A Python float or int of the same value; None if it isn't one."""
+    """A Python float or int of the same value; None if there is none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        # NumPy's scalars are numbers.Real; a 0-d array is not
         return None
+    real: Any = value
     if not whole:
-        return float(value)
-    try:
-        return operator.index(value)
-    except TypeError:
-        return int(value) if float(value).is_integer() else None
+        return float(real)
+    return int(real) if float(real).is_integer() else None
 
 
 @functools.cache

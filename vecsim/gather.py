@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 def metrics_dataset(
-    metrics: Array, sizes: dict[str, int], coords: dict[str, Any], quantiles: tuple[float, ...], attrs: dict[str, Any]
+    metrics: Array,
+    sizes: dict[str, int],
+    coords: dict[str, Any],
+    quantiles: tuple[float, ...],
+    attrs: dict[str, Any],
 ) -> "xr.Dataset":
     """A Dataset of all output variables over the dimensions in `sizes` (and `stat`)."""
     import xarray as xr
@@ -38,7 +42,7 @@ def describe(variable: Variable, dims: tuple[str, ...], values: Array) -> "xr.Va
     """A labelled array of one output variable."""
     import xarray as xr
 
-    if variable.count:
+    if variable.whole:
         values = values.astype(np.int64)
     attrs = {"long_name": variable.long_name, "units": variable.units, "description": variable.doc}
     return xr.Variable(dims, values, attrs)

@@ -51,9 +51,7 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
             return
         for name in ("target_output_len_tokens", "target_output_len_std"):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} must be left out where output_tokens is given, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{name} must be left out where output_tokens is given, got {getattr(self, name)!r}")
 
     @property
     def output_length(self) -> Distribution:
@@ -163,11 +161,7 @@ class GammaLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
 
 
 AnyLoadGenerator = (
-    BatchLoadGenerator
-    | ConcurrentLoadGenerator
-    | RequestRateLoadGenerator
-    | PoissonLoadGenerator
-    | GammaLoadGenerator
+    BatchLoadGenerator | ConcurrentLoadGenerator | RequestRateLoadGenerator | PoissonLoadGenerator | GammaLoadGenerator
 )
 
 
@@ -191,8 +185,6 @@ def arrival_time(code, request_rate, i, unit):
     split = 134217729.0 * count
     count_high = split - (split - count)
     count_low = count - count_high
-    error = ((count_high * gap_high - product) + count_high * gap_low + count_low * gap_high) + (
-        count_low * gap_low
-    )
+    error = ((count_high * gap_high - product) + count_high * gap_low + count_low * gap_high) + (count_low * gap_low)
     # Adding 0.6 to 1.2 units in the last place gives the next float64, without a branch that can't be foreseen.
     return product + product * (UP if error > 0.0 else 0.0)

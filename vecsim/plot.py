@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by the colour-blind too (https://jfly.uni-koeln.de/color/)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", ":", "-.")
+LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 
 
 def sweep(dataset: "xr.Dataset") -> "Figure":
@@ -41,7 +41,7 @@ def sweep(dataset: "xr.Dataset") -> "Figure":
         raise ValueError("a picture needs an axis of numbers beside seed, such as request_rate")
     dims = [str(dim) for dim in dataset.sizes if dim not in ("stat", "seed", "request", load)]
     shown, rest = dims[:2], dims[2:]
-    drawn = dataset.isel({dim: 0 for dim in rest})
+    drawn = dataset.isel(dict.fromkeys(rest, 0))
     tail = str(dataset.stat.values[-2])
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")

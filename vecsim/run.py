@@ -12,7 +12,7 @@ from vecsim.engine import Engine
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
-from vecsim.simulate import Single, simulate_one
+from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.variables import STEP_VARIABLES, stat_labels
 
 if TYPE_CHECKING:
@@ -38,7 +38,12 @@ class Run:
     """
 
     def __init__(
-        self, engine: Engine, time_limit: float, warmup: float, quantiles: tuple[float, ...], single: Single
+        self,
+        engine: Engine,
+        time_limit: float,
+        warmup: float,
+        quantiles: tuple[float, ...],
+        single: Single,
     ) -> None:
         self.engine = engine
         self.time_limit = time_limit
@@ -58,7 +63,9 @@ class Run:
         variables = record_variables(self._single.record, (), ())
         size = self._single.record.slot.shape[1]
         return xr.Dataset(
-            variables, {"request": np.arange(size)}, base_attrs(self.engine, self.time_limit, self.warmup)
+            variables,
+            {"request": np.arange(size)},
+            base_attrs(self.engine, self.time_limit, self.warmup),
         )
 
     @functools.cached_property
@@ -86,7 +93,9 @@ class Run:
         }
         variables = {variable.name: describe(variable, ("step",), values[variable.name]) for variable in STEP_VARIABLES}
         return xr.Dataset(
-            variables, {"step": np.arange(steps)}, base_attrs(self.engine, self.time_limit, self.warmup)
+            variables,
+            {"step": np.arange(steps)},
+            base_attrs(self.engine, self.time_limit, self.warmup),
         )
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -108,7 +117,13 @@ class Run:
         """Column heads, and a row of numbers for each latency."""
         rows = [
             (title, [f"{value:.2f}" for value in self.metrics[name].values])
-            for name, title in (("e2e", "E2E"), ("ttft", "TTFT"), ("tpot", "TPOT"), ("queue_time", "Queue"), ("itl", "ITL"))
+            for name, title in (
+                ("e2e", "E2E"),
+                ("ttft", "TTFT"),
+                ("tpot", "TPOT"),
+                ("queue_time", "Queue"),
+                ("itl", "ITL"),
+            )
         ]
         return stat_labels(self._quantiles), rows
 
@@ -130,8 +145,12 @@ class Run:
     def _repr_html_(self) -> str:
         def table(head: list[str], rows: list[list[str]]) -> str:
             cells = "".join(
-                "<tr>" + "".join(f"<td style='text-align:{'right' if i else 'left'}'>{html.escape(cell)}</td>"
-                                 for i, cell in enumerate(row)) + "</tr>"
+                "<tr>"
+                + "".join(
+                    f"<td style='text-align:{'right' if i else 'left'}'>{html.escape(cell)}</td>"
+                    for i, cell in enumerate(row)
+                )
+                + "</tr>"
                 for row in rows
             )
             heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
@@ -146,9 +165,15 @@ class Run:
         )
 
 
-def run(engine: Engine, time_limit: float, *, warmup: float = 0.0, quantiles: Sequence[float] | None = None) -> Run:
+def run(
+    engine: Engine,
+    time_limit: float,
+    *,
+    warmup: float = 0.0,
+    quantiles: Sequence[float] | None = None,
+) -> Run:
     """Simulate an engine once; see `Engine.run`."""
     time_limit, warmup = check_times(time_limit, warmup)
     wanted = check_quantiles(quantiles)
     table = lower(Plan(engine, (), {}, {}), time_limit)
-    return Run(engine, time_limit, warmup, wanted, simulate_one(table, warmup, wanted))
+    return Run(engine, time_limit, warmup, wanted, simulate_one(table, Measured(warmup, np.array(wanted))))

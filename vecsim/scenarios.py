@@ -9,7 +9,15 @@ import numpy as np
 from vecsim.axes import Plan, replace
 from vecsim.batching import BATCHERS, IFBatcherWithOnePrefillOnly
 from vecsim.engine import Engine
-from vecsim.kernel.state import EXPONENTIAL_DRAWS, GAMMA_DRAWS, NO_DRAWS, Array, Scenarios
+from vecsim.kernel.state import (
+    EXPONENTIAL_DRAWS,
+    GAMMA_DRAWS,
+    NO_DRAWS,
+    Array,
+    ArrivalParameters,
+    LengthParameters,
+    Scenarios,
+)
 from vecsim.lengths import DRAWS
 from vecsim.load import AT_ONCE, CLOSED, RENEWAL
 
@@ -41,8 +49,8 @@ class Table(NamedTuple):
 
     shape: tuple[int, ...]
     columns: dict[str, Array]
-    lengths: dict[str, Array]  # parameters of each length stream [stream]
-    arrivals: dict[str, Array]  # parameters of each arrival stream [stream]
+    lengths: LengthParameters  # of every length stream
+    arrivals: ArrivalParameters  # of every arrival stream
     tables: Array  # values of empirical distributions, one after the other
     time_limit: float
 
@@ -72,7 +80,10 @@ def lower(plan: Plan, time_limit: float) -> Table:
         return values.transpose(order).reshape(sizes)
 
     # Axes over components and their inner fields: one declaration for each combination.
-    inner = sorted((axis for axis in plan.axes if axis.path not in COLUMNS), key=lambda axis: axis.path.count("."))
+    inner = sorted(
+        (axis for axis in plan.axes if axis.path not in COLUMNS),
+        key=lambda axis: axis.path.count("."),
+    )
     over = tuple(dim for dim in dims if any(dim in axis.dims for axis in inner))
     tables: dict[tuple[int, ...], int] = {}
     rows = []
@@ -117,7 +128,7 @@ def lower(plan: Plan, time_limit: float) -> Table:
             "seed": np.where(renewal, _other_seed(columns["seed"]), 0),
         }
     )
-    return Table(shape, columns, lengths, arrivals, flat_tables, time_limit)
+    return Table(shape, columns, LengthParameters(**lengths), ArrivalParameters(**arrivals), flat_tables, time_limit)
 
 
 def parameters(engine: Engine, tables: dict[tuple[int, ...], int]) -> dict[str, Any]:
@@ -195,8 +206,10 @@ class Block(NamedTuple):
 
     rows: Array  # flat scenario numbers
     scenarios: Scenarios
-    lengths: dict[str, Array]  # parameters of the streams used, and `size` [tokens]
-    arrivals: dict[str, Array]
+    lengths: LengthParameters  # of the streams used
+    length_sizes: Array
+    arrivals: ArrivalParameters
+    arrival_sizes: Array
     most_requests: int
 
 
@@ -206,8 +219,8 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
     arrival_stream = table.at("arrival_stream", rows)
     needed = np.ceil(table.pick(requests_needed(table, more), rows)).astype(np.int64)
     renewal = table.at("arrivals", rows) == RENEWAL
-    length_sizes = _largest(length_stream, needed, table.lengths["seed"].size)
-    arrival_sizes = _largest(arrival_stream, np.where(renewal, needed, 0), table.arrivals["seed"].size)
+    length_sizes = _largest(length_stream, needed, table.lengths.seed.size)
+    arrival_sizes = _largest(arrival_stream, np.where(renewal, needed, 0), table.arrivals.seed.size)
 
     order = np.lexsort((arrival_stream, length_stream))
     length_stream, arrival_stream = length_stream[order], arrival_stream[order]
@@ -225,16 +238,15 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
         part = order[begin:end]
         used_lengths, length_number = np.unique(length_stream[begin:end], return_inverse=True)
         used_arrivals, arrival_number = np.unique(arrival_stream[begin:end], return_inverse=True)
-        scenarios = Scenarios(
-            *(table.at(name, rows[part]) for name in Scenarios._fields[:-2]),
-            arrival_stream=arrival_number,
-            length_stream=length_number,
-        )
+        columns = {name: table.at(name, rows[part]) for name in Scenarios._fields[:-2]}
+        scenarios = Scenarios(**columns, arrival_stream=arrival_number, length_stream=length_number)
         yield Block(
             rows[part],
             scenarios,
-            {**{k: v[used_lengths] for k, v in table.lengths.items()}, "size": length_sizes[used_lengths]},
-            {**{k: v[used_arrivals] for k, v in table.arrivals.items()}, "size": arrival_sizes[used_arrivals]},
+            LengthParameters(*(column[used_lengths] for column in table.lengths)),
+            length_sizes[used_lengths],
+            ArrivalParameters(*(column[used_arrivals] for column in table.arrivals)),
+            arrival_sizes[used_arrivals],
             int(needed[part].max()),
         )
         begin = end

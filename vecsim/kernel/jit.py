@@ -14,7 +14,7 @@ import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -23,7 +23,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
-inner = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# Only entries are called from Python: the others need no code that unpacks Python objects.
+inner: Any = cast(Any, numba.njit)(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 # An unsigned index spares the check for a negative one at each access: 20 % of the step loop.
 unsigned = np.uint64
@@ -44,7 +45,10 @@ def cache_folder() -> Path:
         roots = [Path(asked)]
     else:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        roots = [home / "vecsim", Path(tempfile.gettempdir()) / f"vecsim-{os.environ.get('USER', 'user')}"]
+        roots = [
+            home / "vecsim",
+            Path(tempfile.gettempdir()) / f"vecsim-{os.environ.get('USER', 'user')}",
+        ]
     for root in roots:
         folder = root / source_hash()
         try:
@@ -61,9 +65,10 @@ CACHE_FOLDER = cache_folder()
 
 def entry(function: Callable[..., Any]) -> Any:
     """Compile at first call and keep the machine code on disk."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(CACHE_FOLDER)
+    # Set for this call alone: a user's own cached functions stay where they were.
+    config: Any = numba.config
+    before, config.CACHE_DIR = config.CACHE_DIR, str(CACHE_FOLDER)
     try:
         return numba.njit(cache=True, **OPTIONS)(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before

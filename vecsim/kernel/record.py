@@ -70,4 +70,10 @@ def write_record(row, scenarios, lengths, scratch, outcome, record):
                 record.first_token_at[row, i] = time[first]
             if last < steps:
                 record.completed_at[row, i] = time[last]
-    assign_slots(scratch.started_step[:started], end_step, steps, scenarios.max_batch_size[row], record.slot[row])
+    assign_slots(
+        scratch.started_step[:started],
+        end_step,
+        steps,
+        scenarios.max_batch_size[row],
+        record.slot[row],
+    )

@@ -11,7 +11,7 @@ from vecsim import lengths as length_rules
 from vecsim import load as arrival_rules
 from vecsim.kernel import streams
 from vecsim.kernel.calendar import ring_size
-from vecsim.kernel.jit import entry, inner, unsigned
+from vecsim.kernel.jit import entry, inner
 from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, Outcome, Requests
 from vecsim.kernel.tally import first_at_or_after, tally
 from vecsim.kernel.tick import simulate
@@ -24,31 +24,33 @@ arrival_time = inner(arrival_rules.arrival_time)
 
 
 @entry
-def draw_lengths(first, last, lengths, code, a, b, table_start, table_size, tables, draws, seed, stop):
-    """Fill the length streams [first, last): rows of `lengths`, parameters [stream], `tables` flat."""
+def draw_lengths(first, last, parameters, tables, lengths, stop):
+    """Fill the length streams [first, last)."""
     for row in range(first, last):
         if stop[0]:
             return
         out = lengths.values[lengths.start[row] : lengths.start[row] + lengths.size[row]]
         units = np.zeros(out.size)
-        streams.fill(draws[row], 1.0, seed[row], units)
-        table = tables[table_start[row] : table_start[row] + table_size[row]]
+        streams.fill(parameters.draws[row], 1.0, parameters.seed[row], units)
+        begin = parameters.table_start[row]
+        table = tables[begin : begin + parameters.table_size[row]]
+        code, a, b = parameters.code[row], parameters.a[row], parameters.b[row]
         longest = 0
         for i in range(out.size):
-            length = output_tokens(code[row], a[row], b[row], table, units[i])
+            length = output_tokens(code, a, b, table, units[i])
             out[i] = length
             longest = max(longest, length)
         lengths.longest[row] = longest
 
 
 @entry
-def draw_arrivals(first, last, arrivals, shape, draws, seed, stop):
+def draw_arrivals(first, last, parameters, arrivals, stop):
     """Fill the arrival streams [first, last): instants of renewal processes of rate 1."""
     for row in range(first, last):
         if stop[0]:
             return
         out = arrivals.values[arrivals.start[row] : arrivals.start[row] + arrivals.size[row]]
-        streams.fill(draws[row], shape[row], seed[row], out)
+        streams.fill(parameters.draws[row], parameters.shape[row], parameters.seed[row], out)
         t = 0.0
         for i in range(out.size):
             t += out[i]
@@ -57,7 +59,7 @@ def draw_arrivals(first, last, arrivals, shape, draws, seed, stop):
 
 @inner
 def fill_arrivals(code, request_rate, units, time_limit, out):
-    """Due times of an open load before the limit, then an infinite one; returns their number. `out` has one more place."""
+    """Due times of an open load before the limit, and an infinite one after them; returns how many."""
     n = out.size - 1
     if code == RENEWAL:
         for i in range(n):
@@ -72,13 +74,25 @@ def fill_arrivals(code, request_rate, units, time_limit, out):
 
 @entry
 def run_scenarios(
-    rows, scenarios, arrivals, lengths, time_limit, warmup, quantiles, scratch, metrics, enqueued, status, stop
+    first,
+    last,
+    scenarios,
+    arrivals,
+    lengths,
+    time_limit,
+    warmup,
+    quantiles,
+    scratch,
+    metrics,
+    enqueued,
+    status,
+    stop,
 ):
-    """Run the scenarios at `rows`: a row of metrics each.
+    """Run the scenarios [first, last): a row of metrics each.
 
     Parameters
     ----------
-    rows : int64[:]
+    first, last : int
         Rows of `scenarios` and of all results.
     metrics : float64[scenario, metric]
         In the order of `vecsim.variables.TICK_VARIABLES`.
@@ -95,7 +109,7 @@ def run_scenarios(
         Of the last scenario; its boundaries and requests are still in `scratch`.
     """
     outcome = Outcome(DONE, 0, 0, 0, 0, 0, 0.0)
-    for row in rows:
+    for row in range(first, last):
         closed = scenarios.arrivals[row] == CLOSED
         chunks = scenarios.total_prefill_chunks[row]
         stream = scenarios.length_stream[row]

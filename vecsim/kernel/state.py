@@ -38,6 +38,26 @@ class Scenarios(NamedTuple):
     length_stream: Array  # row in the length `Streams`
 
 
+class LengthParameters(NamedTuple):
+    """What each length stream is drawn from [stream]."""
+
+    code: Array  # of `vecsim.lengths.output_tokens`
+    a: Array
+    b: Array
+    table_start: Array  # first place in the flat table of empirical values
+    table_size: Array
+    draws: Array  # kind of random numbers
+    seed: Array
+
+
+class ArrivalParameters(NamedTuple):
+    """What each arrival stream is drawn from [stream]."""
+
+    shape: Array  # of the gaps' gamma distribution
+    draws: Array
+    seed: Array
+
+
 class Streams(NamedTuple):
     """Random numbers of several seeds in one flat array."""
 

@@ -76,7 +76,7 @@ def normals(seed, out):
             x[unsigned(kept)] = a
             y[unsigned(kept)] = b
             square[unsigned(kept)] = r
-            kept += np.int64((r < 1.0) & (r != 0.0))  # no branch: a fifth is rejected, at random
+            kept += int((r < 1.0) & (r != 0.0))  # no branch: a fifth is rejected, at random
         for i in range(min(kept, (out.size - done + 1) // 2)):
             factor = np.sqrt(-2.0 * np.log(square[i]) / square[i])
             out[unsigned(done)] = factor * y[i]

@@ -41,7 +41,12 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
     else:
         first_request = first_at_or_after(arrived_at, enqueued, warmup)
 
-    values, kept, counts, places = scratch.values, scratch.kept, scratch.bin_counts, scratch.bin_places
+    values, kept, counts, places = (
+        scratch.values,
+        scratch.kept,
+        scratch.bin_counts,
+        scratch.bin_places,
+    )
     e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
     queue_time_sum = ttft_sum = e2e_sum = tpot_sum = busy = 0.0
     queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
@@ -106,7 +111,16 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
         row = out[which * stats : (which + 1) * stats]
         if n > 0:
             row[0] = sums[which] / n
-            quantiles(values[which, :n], least[which], most[which], wanted, counts, places, kept, row[1:-1])
+            quantiles(
+                values[which, :n],
+                least[which],
+                most[which],
+                wanted,
+                counts,
+                places,
+                kept,
+                row[1:-1],
+            )
             row[-1] = most[which]
         else:
             row[:] = np.nan

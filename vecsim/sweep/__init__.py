@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from vecsim.axes import plan
 from vecsim.engine import Engine
 from vecsim.gather import axis_coords, base_attrs, metrics_dataset, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
-from vecsim.simulate import simulate
+from vecsim.simulate import Measured, simulate
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -73,9 +75,8 @@ def sweep(
     planned = plan(engine, axes)
     table = lower(planned, time_limit)
     with progress_bar(planned.scenarios, progress) as bar:
-        results = simulate(
-            table, warmup, wanted, threads=threads, keep_requests=keep == "requests", progress=bar.update
-        )
+        measured = Measured(warmup, np.array(wanted))
+        results = simulate(table, measured, threads, keep == "requests", bar.update)
     attrs = base_attrs(planned.engine, time_limit, warmup)
     dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs)
     if keep == "requests":

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vecsim.sweep import sweep
-from vecsim.sweep.files import DATASETS, PICTURES, check_output, free_name, write_dataset, write_whole
+from vecsim.sweep.files import (
+    DATASETS,
+    PICTURES,
+    check_output,
+    free_name,
+    write_dataset,
+    write_whole,
+)
 from vecsim.sweep.spec import Spec, parse_values, read_spec, ready_made
 
 DEFAULT = "batching"
@@ -43,10 +50,18 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("spec", nargs="?", default=DEFAULT, metavar="SPEC.toml|NAME", help=f"default: {DEFAULT}")
     result.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUES", dest="changes", help="replace or add an axis"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        dest="changes",
+        help="replace or add an axis",
     )
     result.add_argument(
-        "-o", "--output", type=Path, metavar="FILE",
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
         help="save the Dataset as .nc or .zarr (without -o and --plot: the next free NAME.nc and NAME.png)",
     )
     result.add_argument("--plot", type=Path, metavar="FILE", help="save the picture as .png, .pdf or .svg")

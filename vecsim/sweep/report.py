@@ -76,18 +76,26 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     for index in itertools.product(*(range(dataset.sizes[dim]) for dim in dims)):
         at = dict(zip(dims, index, strict=True))
         row = [_text(dataset[dim].values[i] if dim in dataset.coords else i) for dim, i in at.items()]
-        row += [f"{float(throughput.isel(at).max()):,.0f}", f"{float(requests.isel(at).max()):,.1f}"]
+        row += [
+            f"{float(throughput.isel(at).max()):,.0f}",
+            f"{float(requests.isel(at).max()):,.1f}",
+        ]
         if load is not None:
             good = dataset[load].values[holds.isel(at).values]
-            row += [f"{good.max():.4g}" if good.size else "none", _text(float(ttft.isel(at)[chosen]))]
+            row += [
+                f"{good.max():.4g}" if good.size else "none",
+                _text(float(ttft.isel(at)[chosen])),
+            ]
         else:
             row += ["yes" if bool(holds.isel(at)) else "no", _text(float(ttft.isel(at)))]
         rows.append(row)
     shown = rows[:MOST_ROWS]
     widths = [max(len(row[i]) for row in [heads, *shown]) for i in range(len(heads))]
     lines = [
-        "  ".join(cell.ljust(width) if i < len(dims) else cell.rjust(width)
-                  for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(width) if i < len(dims) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in [heads, ["-" * width for width in widths], *shown]
     ]
     if len(rows) > MOST_ROWS:

@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from vecsim.declaration import Declaration, from_plain
@@ -35,8 +36,8 @@ class Spec(Declaration, frozen=True, kw_only=True):
     engine: Engine
     time_limit: float = 10_000.0
     warmup: float = 0.0
-    axes: dict[str, Any] = {}
-    zip: dict[str, dict[str, Any]] = {}
+    axes: dict[str, Any] = msgspec.field(default_factory=dict)
+    zip: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
 
     def keywords(self) -> dict[str, Any]:
         """The axes as keywords for `vecsim.sweep`.
@@ -147,10 +148,10 @@ def parse_value(text: str) -> Any:
 def _declaration(name: str) -> Any:
     """The declaration class of a name."""
 
-    def below(cls: type) -> list[type]:
-        return [kind for sub in cls.__subclasses__() for kind in (sub, *below(sub))]
+    def below(kind: type[Declaration]) -> list[type[Declaration]]:
+        return [other for sub in kind.__subclasses__() for other in (sub, *below(sub))]
 
-    found = {cls.__name__: cls for cls in below(Declaration) if getattr(cls, "__struct_config__").tag is not None}  # noqa: B009
+    found = {kind.__name__: kind for kind in below(Declaration) if kind.__struct_config__.tag is not None}
     if name not in found:
         raise ValueError(f"can't read the value {name!r}: it is neither a number nor one of {', '.join(sorted(found))}")
     return found[name]

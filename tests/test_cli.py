@@ -1,0 +1,220 @@
+"""`python -m vecsim.sweep` as its users call it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from vecsim.sweep.spec import parse_values, read_spec, ready_made
+
+SMALL = ["--set", "request_rate=0.1:0.4:4", "--set", "seed=0..2", "--time-limit", "300"]
+
+
+def cli(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "vecsim.sweep", *map(str, arguments)],
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_the_default_sweep_can_be_run_twice(tmp_path):
+    for stem in ("sweep", "sweep-2"):
+        done = cli(tmp_path, *SMALL)
+        assert done.returncode == 0, done.stderr
+        assert f"saved {stem}.nc and {stem}.png" in done.stdout
+        assert "IFBatcherWithOnePrefillOnly" in done.stdout
+        assert "Warning" not in done.stderr
+    ds = xr.open_dataset(tmp_path / "sweep.nc")
+    assert dict(ds.sizes) == {
+        "batcher": 3,
+        "total_prefill_chunks": 3,
+        "request_rate": 4,
+        "seed": 3,
+        "stat": 6,
+    }
+    ds.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "sweep-2.nc",
+        "sweep-2.png",
+        "sweep.nc",
+        "sweep.png",
+    ]
+
+
+def test_the_default_sweep_has_ten_thousand_scenarios_or_more():
+    spec = read_spec("batching")
+    keywords = spec.keywords()
+    assert np.prod([len(values) for values in keywords.values()]) >= 10_000
+
+
+@pytest.mark.parametrize("name", ready_made())
+def test_every_ready_made_spec_runs(tmp_path, name):
+    done = cli(
+        tmp_path,
+        name,
+        "--set",
+        "seed=0,1",
+        "--time-limit",
+        "200",
+        "--warmup",
+        "20",
+        "-o",
+        "a.zarr",
+        "--plot",
+        "a.svg",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "saved a.zarr and a.svg" in done.stdout
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_help_lists_the_ready_made_specs_and_the_notation(tmp_path):
+    done = cli(tmp_path, "--help")
+    assert done.returncode == 0
+    for name in ready_made():
+        assert re.search(rf"^  {name} +\S", done.stdout, re.MULTILINE)
+    assert "0.05:0.6:56" in done.stdout
+
+
+def test_an_existing_file_is_kept_without_force_and_named_before_computing(tmp_path):
+    (tmp_path / "a.nc").write_text("precious")
+    done = cli(tmp_path, "-o", "a.nc")  # the whole default sweep: it must not start
+    assert done.returncode == 2
+    assert done.stderr == "error: a.nc exists already: choose another name, or --force to overwrite it\n"
+    assert (tmp_path / "a.nc").read_text() == "precious"
+    assert cli(tmp_path, *SMALL, "-o", "a.nc", "--force", "--quiet").returncode == 0
+    xr.open_dataset(tmp_path / "a.nc").close()
+
+
+def test_quiet_prints_nothing(tmp_path):
+    done = cli(tmp_path, *SMALL, "-o", "a.nc", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+SPEC = """
+time_limit = 200
+[engine]
+max_batch_size = 2
+[engine.load_generator]
+type = "PoissonLoadGenerator"
+[axes]
+request_rate = [0.1, 0.2]
+batcher = ["StaticBatcher", { type = "IFBatcher" }]
+output_tokens = "3,LogNormal(mean=9, std=3),Empirical(values=[1,2])"
+[zip.size]
+max_batch_size = [2, 4]
+prefill_time = [1, 0.5]
+"""
+
+
+def test_a_spec_of_ones_own_has_lists_notation_and_zipped_axes(tmp_path):
+    (tmp_path / "mine.toml").write_text(SPEC)
+    done = cli(tmp_path, "mine.toml")
+    assert done.returncode == 0, done.stderr
+    assert "saved mine.nc and mine.png" in done.stdout
+    with xr.open_dataset(tmp_path / "mine.nc") as ds:
+        sizes = {
+            "request_rate": 2,
+            "batcher": 2,
+            "load_generator.output_tokens": 3,
+            "size": 2,
+            "stat": 6,
+        }
+        assert dict(ds.sizes) == sizes
+        np.testing.assert_array_equal(ds.prefill_time, [1, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], "no spec 'nosuch': neither a file nor one of batching, "),
+        (["--set", "request_rte=1,2"], "unknown axis 'request_rte': did you mean request_rate?"),
+        (["--set", "request_rate"], "--set takes NAME=VALUES, got 'request_rate'"),
+        (["--set", "request_rate="], "--set takes NAME=VALUES, got 'request_rate='"),
+        (["--set", "request_rate=0.1:0.2:x"], "--set request_rate: a range is FIRST:LAST:COUNT"),
+        (
+            ["--set", "seed=5..1"],
+            "--set seed: whole numbers are FIRST..LAST with FIRST <= LAST, got '5..1'",
+        ),
+        (["--set", "request_rate=-1,2"], "request_rate must be > 0, got -1"),
+        (
+            ["--set", "batcher=NoBatcher"],
+            "--set batcher: can't read the value 'NoBatcher': it is neither a number nor",
+        ),
+        (["--set", "output_tokens=LogNormal(mean=1)"], "missing required field `std`"),
+        (["--set", "seed=1", "--set", "seed=2"], "--set names 'seed' twice"),
+        (["--set", "time_limit=5"], "use --time-limit for time_limit"),
+        (["--time-limit", "-5"], "time_limit must be > 0 and <= 1e+09, got -5"),
+        (["--threads", "0"], "threads must be a whole number >= 1, got 0"),
+        (["-o", "a.csv"], "a.csv: a name that ends in .nc or .zarr is needed"),
+        (["-o", "nofolder/a.nc"], "nofolder/a.nc: there is no folder nofolder"),
+        (["-o", "/proc/a.nc"], "/proc/a.nc: the folder /proc can't be written to"),
+        (["--plot", "a.txt"], "a.txt: a name that ends in .png or .pdf or .svg is needed"),
+        (["--set", "seed=0..9999999", "--set", "request_rate=0.1:0.6:1000"], "GiB of memory"),
+        (["broken.toml"], "broken.toml: engine.load_generator: request_rate must be > 0, got -3"),
+        (["typo.toml"], "typo.toml: Object contains unknown field `axs`"),
+        (["syntax.toml"], "syntax.toml: Invalid value (at line 3"),
+        (["values.toml"], "axes.seed: whole numbers are FIRST..LAST"),
+    ],
+)
+def test_a_mistake_is_one_clear_sentence_and_nothing_is_written(tmp_path, arguments, message):
+    load = '[engine.load_generator]\ntype = "PoissonLoadGenerator"\n'
+    specs = tmp_path / "specs"
+    specs.mkdir()
+    (specs / "broken.toml").write_text(load + "request_rate = -3\n")
+    (specs / "typo.toml").write_text(load + "[axs]\nseed = [1]\n")
+    (specs / "syntax.toml").write_text(load + "request_rate = oops\n")
+    (specs / "values.toml").write_text(load + "[axes]\nseed = '3..1'\n")
+    done = cli(specs, *arguments)
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert len(list(specs.iterdir())) == 4
+
+
+def test_an_interruption_leaves_nothing_under_the_final_name(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "vecsim.sweep",
+        "-o",
+        "a.nc",
+        "--time-limit",
+        "500_000",
+        "--set",
+        "seed=0..499",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        time.sleep(4)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert error.endswith(b"interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_named_before_computing(tmp_path):
+    tmp_path.chmod(0o500)
+    done = cli(tmp_path, "-o", tmp_path / "a.nc")
+    assert done.returncode == 2
+    assert "can't be written to" in done.stderr
+
+
+def test_values_in_short_notation():
+    np.testing.assert_array_equal(parse_values("0.05:0.6:56"), np.linspace(0.05, 0.6, 56))
+    assert parse_values("0..31") == range(32)
+    assert parse_values("1,2.5,1e-3") == [1, 2.5, 1e-3]
+    assert parse_values("7") == 7
+    assert [type(value).__name__ for value in parse_values("IFBatcher,StaticBatcher")] == [
+        "IFBatcher",
+        "StaticBatcher",
+    ]
