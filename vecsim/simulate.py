@@ -144,7 +144,6 @@ def _run_block(
 
     Returns the status of each, and, if requests are recorded, outcome and scratch of one that was run last.
     """
-    from vecsim.kernel.record import write_record
     from vecsim.kernel.scenarios import draw_arrivals, draw_lengths, run_scenarios
 
     lengths = _new_streams(block.length_sizes, np.int32)
@@ -182,6 +181,8 @@ def _run_block(
         )
 
     def run_and_record(first: int, last: int) -> None:
+        from vecsim.kernel.record import write_record
+
         for row in range(first, last):
             outcome = latest["outcome"] = run_some(row, row + 1)
             if status[row] == DONE:

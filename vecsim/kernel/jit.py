@@ -63,6 +63,11 @@ def cache_folder() -> Path:
 CACHE_FOLDER = cache_folder()
 
 
+def is_compiled(name: str) -> bool:
+    """Whether the disk cache has machine code of an entry."""
+    return any(CACHE_FOLDER.rglob(f"*.{name}-*.nbc"))
+
+
 def entry(function: Callable[..., Any]) -> Any:
     """Compile at first call and keep the machine code on disk."""
     # Set for this call alone: a user's own cached functions stay where they were.

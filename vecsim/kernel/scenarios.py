@@ -1,8 +1,8 @@
 """What Python calls: draw streams, run scenarios. Each call does a range of rows on one thread, without the GIL.
 
 Several threads call at the same time with ranges of their own and scratch of their own, so results
-depend neither on their number nor on how the rows are cut. (Python threads over GIL-free kernels share work better
-than `prange`, which cuts it in equal shares; they compile in half the time and survive a fork.)
+depend neither on their number nor on how the rows are cut. (Python threads take the next small range when they are
+free, where `prange` cuts the work in equal shares; and they need neither `parallel=True` nor OpenMP.)
 """
 
 import numpy as np

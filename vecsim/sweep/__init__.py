@@ -1,5 +1,7 @@
 """Sweeps: every combination of axes in one call, one labelled Dataset back."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,7 +88,20 @@ def sweep(
 
 
 def progress_bar(total: int, shown: bool) -> Any:
-    """A bar on standard error that counts scenarios."""
-    from tqdm.auto import tqdm
+    """A bar on standard error that counts scenarios; a bar that isn't shown costs no import."""
+    if not shown:
+        return contextlib.nullcontext(_NoBar())
+    from vecsim.kernel.jit import is_compiled
 
-    return tqdm(total=total, disable=not shown, delay=0.5, unit=" scenarios", unit_scale=True, smoothing=0.1)
+    if not is_compiled("run_scenarios"):
+        print("compiling the kernels: this once, some 20 s", file=sys.stderr, flush=True)
+    if "ipykernel" in sys.modules:
+        from tqdm.auto import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm(total=total, delay=0.5, unit=" scenarios", unit_scale=True, smoothing=0.1)
+
+
+class _NoBar:
+    def update(self, done: int) -> None:
+        pass

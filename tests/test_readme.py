@@ -1,0 +1,61 @@
+"""The README does what it says: its Python prints what it shows, its specs and commands run."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vecsim.sweep.__main__ import parser
+from vecsim.sweep.spec import read_spec
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_every_python_block_prints_what_is_shown_below_it():
+    names: dict = {}
+    printed = ""
+    shown = 0
+    for kind, text in blocks(README.read_text()):
+        if kind == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(text, str(README), "exec"), names)
+            printed = output.getvalue()
+        elif kind == "text":
+            assert printed == text
+            shown += 1
+    assert shown >= 4
+
+
+def test_the_spec_shown_can_be_read(tmp_path):
+    (spec,) = (text for kind, text in blocks(README.read_text()) if kind == "toml")
+    (tmp_path / "mine.toml").write_text(spec)
+    assert set(read_spec(str(tmp_path / "mine.toml")).keywords()) == {
+        "batcher", "request_rate", "seed", "max_batch_size", "prefill_time",
+    }  # fmt: skip
+
+
+def test_every_command_shown_is_understood():
+    lines = [line for kind, text in blocks(README.read_text()) if kind == "sh" for line in text.splitlines()]
+    commands = [line for line in lines if "-m vecsim.sweep" in line]
+    assert len(commands) >= 4
+    for line in commands:
+        arguments = shlex.split(line.partition("-m vecsim.sweep")[2], comments=True)
+        if arguments == ["--help"]:
+            with pytest.raises(SystemExit):
+                parser().parse_args(arguments)
+        else:
+            parser().parse_args(arguments)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = "pip install uv && uv run pytest"
+    assert command in README.read_text()
+    assert command in (README.parent / ".ci" / "run").read_text()
