@@ -28,8 +28,8 @@ select_quantiles = kernel_quantiles.quantiles
 
 
 @numba.njit
-def quantiles(values, wanted, counts, places, kept, out):
-    select_quantiles(values, values.min(), values.max(), wanted, counts, places, kept, out)
+def quantiles(values, wanted, counts, places, bins, kept, out):
+    select_quantiles(values, values.min(), values.max(), wanted, counts, places, bins, kept, out)
 
 
 weigh_quantiles = kernel_quantiles.weighted_quantiles
@@ -72,9 +72,9 @@ values = st.one_of(
 @example([0.0] * 50 + [5.0] * 50, [0.49, 0.5, 0.51])
 def test_quantiles_are_those_of_numpy_to_the_bit(sample, wanted):
     sample, wanted = np.array(sample), np.sort(wanted)
-    bins = np.empty((2, kernel_quantiles.BINS), np.int32)
+    tables = np.empty((2, kernel_quantiles.BINS), np.int32)
     out = np.empty(wanted.size)
-    quantiles(sample, wanted, bins[0], bins[1], np.empty(sample.size + 1), out)
+    quantiles(sample, wanted, *tables, np.empty(sample.size, np.uint16), np.empty(sample.size + 1), out)
     np.testing.assert_array_equal(out, np.quantile(sample, wanted))
 
 

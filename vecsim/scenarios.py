@@ -222,13 +222,17 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
     length_sizes = _largest(length_stream, needed, table.lengths.seed.size)
     arrival_sizes = _largest(arrival_stream, np.where(renewal, needed, 0), table.arrivals.seed.size)
 
-    order = np.lexsort((arrival_stream, length_stream))
-    length_stream, arrival_stream = length_stream[order], arrival_stream[order]
-    first = np.ones(order.size, bool)
-    first[1:] = length_stream[1:] != length_stream[:-1]
-    cost = np.where(first, 4 * length_sizes[length_stream], 0)
-    first[1:] |= arrival_stream[1:] != arrival_stream[:-1]
-    cost += np.where(first, 8 * arrival_sizes[arrival_stream], 0)
+    if 4 * length_sizes.sum() + 8 * arrival_sizes.sum() <= BLOCK_BYTES:
+        order = np.arange(rows.size)
+        cost = np.zeros(rows.size, np.int64)
+    else:
+        order = np.lexsort((arrival_stream, length_stream))
+        length_stream, arrival_stream = length_stream[order], arrival_stream[order]
+        first = np.ones(rows.size, bool)
+        first[1:] = length_stream[1:] != length_stream[:-1]
+        cost = np.where(first, 4 * length_sizes[length_stream], 0)
+        first[1:] |= arrival_stream[1:] != arrival_stream[:-1]
+        cost += np.where(first, 8 * arrival_sizes[arrival_stream], 0)
     begin = 0
     cost = np.cumsum(cost)
     while begin < order.size:

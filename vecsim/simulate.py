@@ -220,6 +220,7 @@ def _new_scratch(block: Block, time_limit: float) -> Scratch:
         itl_samples=np.empty(slots + 1, np.int64),
         values=np.empty((LATENCIES, requests)),
         kept=np.empty(requests + 1),
+        bins=np.empty(requests, np.uint16),
         bin_counts=np.empty(BINS, np.int32),
         bin_places=np.empty(BINS, np.int32),
     )

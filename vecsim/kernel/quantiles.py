@@ -58,10 +58,10 @@ def interpolate(low, high, weight):
 
 
 @inner
-def quantiles(values, smallest, largest, wanted, counts, places, kept, out):
+def quantiles(values, smallest, largest, wanted, counts, places, bins, kept, out):
     """`numpy.quantile(values, wanted)` of one or more non-negative values, into `out`; `wanted` ascends.
 
-    Works in `counts` [bin], `places` [bin] and `kept` [value + 1].
+    Works in `counts` and `places` [bin], `bins` [value] and `kept` [value + 1].
     """
     n = values.size
     if smallest == largest:
@@ -71,54 +71,57 @@ def quantiles(values, smallest, largest, wanted, counts, places, kept, out):
     counts[lowest : highest + 1] = 0
     places[lowest : highest + 1] = 0
     for i in range(n):
-        counts[unsigned(bin_of(values[i]))] += 1
+        b = bin_of(values[i])
+        bins[i] = b
+        counts[unsigned(b)] += 1
 
-    # Give each bin that holds a wanted rank, or the next one, a place among the kept values; 0 is for all others.
+    # The bin of each wanted rank and of the next one, and how many values lie in lower bins. Such a bin gets a
+    # place among the kept values; place 0 is for all others.
+    where = np.empty((2 * wanted.size, 2), np.int64)
     bin_ = lowest
     below = 0
     end = 1
+    known = -1
     for q in range(wanted.size):
         rank = int((n - 1) * wanted[q])
-        for r in range(rank, min(rank + 2, n)):
-            while below + counts[unsigned(bin_)] <= r:
+        if rank == known:  # the walk may have gone past it
+            where[2 * q : 2 * q + 2] = where[2 * q - 2 : 2 * q]
+            continue
+        known = rank
+        for side in range(2):
+            while below + counts[unsigned(bin_)] <= min(rank + side, n - 1):
                 below += counts[unsigned(bin_)]
                 bin_ += 1
+            where[2 * q + side] = bin_, below
             if places[unsigned(bin_)] == 0:
                 places[unsigned(bin_)] = end
                 end += counts[unsigned(bin_)]
     for i in range(n):
-        b = unsigned(bin_of(values[i]))
+        b = unsigned(bins[i])
         place = int(places[b])
         if place > 0:
             kept[unsigned(place)] = values[i]
             places[b] = place + 1
 
-    # Walk the bins again; each is selected in from the last rank on, unless it holds one value only.
-    bin_ = lowest
-    below = 0
+    # In each such bin select from the last rank on, unless it holds one value only.
     first = last = known = -1
     flat = False
     low = high = 0.0
     for q in range(wanted.size):
         position = (n - 1) * wanted[q]
         rank = int(position)
-        # A rank asked for twice is not looked for again: the walk has gone past it.
-        for r in range(rank, min(rank + 2, n) if rank != known else rank):
-            while below + counts[unsigned(bin_)] <= r:
-                below += counts[unsigned(bin_)]
-                bin_ += 1
+        for side in range(2 if rank != known else 0):
+            bin_, below = where[2 * q + side]
             end = int(places[unsigned(bin_)])
             begin = end - counts[unsigned(bin_)]
             if end - 1 != last:
                 first, last = begin, end - 1
                 flat = is_flat(kept, first, last)
-            k = begin + r - below
+            k = begin + min(rank + side, n - 1) - below
             if not flat:
                 select(kept, first, last, k)
                 first = k
-            high = kept[unsigned(k)]
-            if r == rank:
-                low = high
+            low, high = high, kept[unsigned(k)]
         known = rank
         out[q] = interpolate(low, high, position - rank)
 

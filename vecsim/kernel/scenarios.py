@@ -72,6 +72,16 @@ def fill_arrivals(code, request_rate, units, time_limit, out):
     return n
 
 
+@inner
+def same_arrivals(scenarios, row, other):
+    """Whether two open loads are due at the same times, if they have room for as many."""
+    return (
+        scenarios.arrivals[row] == scenarios.arrivals[other]
+        and scenarios.request_rate[row] == scenarios.request_rate[other]
+        and scenarios.arrival_stream[row] == scenarios.arrival_stream[other]
+    )
+
+
 @entry
 def run_scenarios(
     first,
@@ -109,6 +119,8 @@ def run_scenarios(
         Of the last scenario; its boundaries and requests are still in `scratch`.
     """
     outcome = Outcome(DONE, 0, 0, 0, 0, 0, 0.0)
+    filled = -1  # the row that the due times in `scratch` are of
+    filled_size = due = 0
     for row in range(first, last):
         closed = scenarios.arrivals[row] == CLOSED
         chunks = scenarios.total_prefill_chunks[row]
@@ -123,16 +135,15 @@ def run_scenarios(
             at = scenarios.arrival_stream[row]
             units = arrivals.values[arrivals.start[at] : arrivals.start[at] + arrivals.size[at]]
             available = min(drawn, units.size) if scenarios.arrivals[row] == RENEWAL else drawn
-            drawn = fill_arrivals(
-                scenarios.arrivals[row],
-                scenarios.request_rate[row],
-                units,
-                time_limit,
-                scratch.arrived_at[: min(wanted, available) + 1],
-            )
-            if drawn == available < wanted:
+            room = scratch.arrived_at[: min(wanted, available) + 1]
+            if filled < 0 or room.size != filled_size or not same_arrivals(scenarios, filled, row):
+                due = fill_arrivals(scenarios.arrivals[row], scenarios.request_rate[row], units, time_limit, room)
+                filled = row
+                filled_size = room.size
+            if due == available < wanted:
                 status[row] = OUT_OF_REQUESTS
                 continue
+            drawn = due
         requests = Requests(
             scratch.arrived_at,
             lengths.values[start : start + drawn],

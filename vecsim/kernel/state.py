@@ -88,6 +88,7 @@ class Scratch(NamedTuple):
     itl_samples: Array  # [slot + 1] ITL samples taken in steps with n prefills
     values: Array  # [latency, request]
     kept: Array  # [request + 1] those of one latency that quantiles are selected among
+    bins: Array  # [request] the bin of each latency
     bin_counts: Array  # [bin]
     bin_places: Array  # [bin]
 

@@ -118,6 +118,7 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
                 wanted,
                 counts,
                 places,
+                scratch.bins,
                 kept,
                 row[1:-1],
             )
