@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 # Only entries are called from Python: the others need no code that unpacks Python objects.
 inner: Any = cast(Any, numba.njit)(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
-# An unsigned index spares the check for a negative one at each access: 20 % of the step loop.
+# An unsigned index spares the check for a negative one at each access: measured 7 to 37 % of the step loop.
 unsigned = np.uint64
 
 

@@ -1,4 +1,4 @@
-"""Exact quantiles without sorting, in O(n): some 2 ns a value for four quantiles, where sorting takes 40.
+"""Exact quantiles without sorting, in O(n): 4 ns a value for four quantiles, where numba's sort takes 70.
 
 Non-negative float64 order like their bits. So the top bits (64 bins an octave) give a value's bin; counts
 tell which bins hold the wanted ranks; only the values in those are selected among.

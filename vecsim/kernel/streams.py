@@ -1,9 +1,8 @@
 """Streams of random numbers, one a seed: the same seed gives the same numbers whatever else is drawn.
 
 The Mersenne Twister, its uniform doubles and the polar normals are those of `numpy.random.RandomState`, bit
-for bit: the published figures of the tick model come from that stream. Drawn by blocks of 624 words they
-take a quarter of the time that `np.random.normal` takes inside numba (a new twist, a call and a stored
-second value for each draw), and a seed costs 2 us where NumPy's own takes 77 us.
+for bit: the published figures of the tick model come from that stream. Drawn by blocks of 624 words, a normal
+takes 8 ns and a seed 2 us, where numba's own `np.random.normal` takes 41 ns and a `RandomState` 119 us to seed.
 """
 
 import numpy as np
