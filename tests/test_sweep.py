@@ -166,6 +166,27 @@ def test_scalars_pin_a_field_and_are_told_in_the_declaration():
     assert declared.batcher == sim.StaticBatcher()
 
 
+def test_a_scalar_pins_the_field_in_every_component_of_an_axis():
+    loads = [sim.RequestRateLoadGenerator(output_tokens=3), sim.PoissonLoadGenerator(output_tokens=5)]
+    for base in (ENGINE, sim.Engine(load_generator=sim.BatchLoadGenerator())):
+        ds = sweep(base, 100, load_generator=loads, request_rate=0.4, seed=7, total_prefill_chunks=3)
+        for i, load in enumerate(loads):
+            pinned = axes.replace(axes.replace(load, "request_rate", 0.4), "seed", 7)
+            pinned = axes.replace(pinned, "total_prefill_chunks", 3)
+            alone = axes.replace(base, "load_generator", pinned).run(100).metrics
+            for name in alone:
+                np.testing.assert_array_equal(ds[name].isel(load_generator=i).values, alone[name].values)
+
+
+def test_labels_are_short_and_whole_declarations_are_kept_beside_them():
+    lengths = [sim.Normal(mean=3), sim.Normal(mean=3, std=2), sim.Constant(value=3)]
+    ds = sweep(sim.Engine(load_generator=sim.PoissonLoadGenerator()), 10, output_tokens=lengths)
+    coordinate = ds["load_generator.output_tokens"]
+    assert list(coordinate.values) == ["Normal(mean=3.0)", "Normal(mean=3.0, std=2.0)", "Constant(value=3)"]
+    plain = json.loads(coordinate.attrs["declarations"])
+    assert plain[0] == {"type": "Normal", "mean": 3.0, "std": 0.0}
+
+
 def test_a_full_path_names_an_axis_and_its_last_part_the_dimension():
     ds = sweep(ENGINE, 100, **{"load_generator.request_rate": [0.1, 0.2]})
     np.testing.assert_array_equal(ds.request_rate, [0.1, 0.2])

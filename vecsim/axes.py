@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     """What a sweep varies: the declaration with every scalar pinned, the axes, the size of each dimension."""
 
     engine: Declaration
-    axes: tuple[Axis, ...]
+    axes: tuple[Axis, ...]  # those of scalars have no dimension
     sizes: dict[str, int]
     coords: dict[str, Any]  # coordinates that zipped DataArrays brought along
 
@@ -96,7 +96,7 @@ def find(name: str, declaration: Declaration) -> str:
 
 
 def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
-    """Resolve axes against a declaration: pin scalars, check every value, name every dimension.
+    """Resolve axes against a declaration: check every value, name every dimension, pin scalars.
 
     Raises
     ------
@@ -107,56 +107,59 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
     # Some 400 bytes of results a scenario; ranges can be endless, so look before making anything of them.
     require_results(math.prod(len(value) for value in axes.values() if isinstance(value, Sized)), 400.0)
     given = {name: _values(name, value) for name, value in axes.items()}
-    # Components first: what a field's name means depends on them.
-    order = sorted(given, key=lambda name: not _is_component(given[name][1]))
+    resolved = _resolve(engine, given)
+
+    # A coordinate has its field's name, or the whole path where a result or another axis has that name.
+    fields_named = [path.rpartition(".")[2] for path, _ in resolved.values()]
+    planned = []
+    for name, (dims, _, array) in given.items():
+        path, values = resolved[name]
+        field = path.rpartition(".")[2]
+        label = path if field in TAKEN or fields_named.count(field) > 1 else field
+        planned.append(Axis(label, path, (label,) if dims and array is None else dims, values))
+
+    sizes: dict[str, int] = {}
+    coords: dict[str, Any] = {}
+    for axis, (_, _, array) in zip(planned, given.values(), strict=True):
+        for dim, size in zip(axis.dims, axis.values.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                others = [other.name for other in planned if dim in other.dims and other is not axis]
+                raise ValueError(
+                    f"axes along {dim!r} must have one length: {axis.name} has {size}, {', '.join(others)} {sizes[dim]}"
+                )
+            if dim in TAKEN:
+                raise ValueError(f"dimension {dim!r} must have another name: a result is called so")
+            if array is not None and dim in array.coords:
+                coords[dim] = array.coords[dim].values
+    for axis in planned:
+        if axis.name in sizes and axis.dims != (axis.name,):
+            raise ValueError(f"axis {axis.name!r} must not be a dimension of another axis as well")
+        if not axis.dims and axis.path in dict(fields(engine)):
+            engine = replace(engine, axis.path, axis.values[()])
+    return Plan(engine, tuple(planned), sizes, coords)
+
+
+def _resolve(engine: Declaration, given: Mapping[str, Any]) -> dict[str, tuple[str, Array]]:
+    """The path that each axis means, and its checked values.
+
+    What a field's name means depends on the components, and these may be on an axis themselves: `specimens` holds
+    one declaration for each combination of their types.
+    """
     specimens: dict[Any, Declaration] = {_shape(engine): engine}
-    resolved: dict[str, Axis] = {}
-    for name in order:
-        dims, values, _ = given[name]
+    resolved: dict[str, tuple[str, Array]] = {}
+    for name in sorted(given, key=lambda name: not _is_component(given[name][1])):
         paths = {find(name, specimen) for specimen in specimens.values()}
         if len(paths) > 1:
             raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(sorted(paths))}")
         path = paths.pop()
-        if path in [axis.path for axis in resolved.values()]:
+        if path in [other for other, _ in resolved.values()]:
             raise ValueError(f"axis {name!r} names {path}, which another axis names too")
-        checked = _checked(path, values, specimens.values())
-        if not dims:
-            engine = replace(engine, path, checked[()])
-        short = path.rpartition(".")[2]
-        label = path if short in TAKEN else short
-        if dims == (name,) and given[name][2] is None:
-            dims = (label,)
-            given[name] = dims, values, None
-        resolved[name] = Axis(label, path, dims, checked)
-        if _is_component(checked):
-            specimens = {
-                _shape(specimen): specimen
-                for old in specimens.values()
-                for value in checked.flat
-                for specimen in [replace(old, path, value)]
-            }
-        elif not dims:
-            specimens = {key: replace(old, path, checked[()]) for key, old in specimens.items()}
-
-    sizes: dict[str, int] = {}
-    coords: dict[str, Any] = {}
-    for name, (dims, values, array) in given.items():
-        for dim, size in zip(dims, values.shape, strict=True):
-            if sizes.setdefault(dim, size) != size:
-                others = [other for other, (d, *_) in given.items() if dim in d and other != name]
-                raise ValueError(
-                    f"axes along {dim!r} must have one length: {name} has {size}, {', '.join(others)} {sizes[dim]}"
-                )
-            if array is not None and dim in array.coords:
-                coords[dim] = array.coords[dim].values
-    for dim in sizes:
-        if dim in TAKEN:
-            raise ValueError(f"dimension {dim!r} must have another name: a result is called so")
-    kept = tuple(resolved[name] for name in given if given[name][0])
-    for axis in kept:
-        if axis.name in sizes and axis.dims != (axis.name,):
-            raise ValueError(f"axis {axis.name!r} must not be a dimension of another axis as well")
-    return Plan(engine, kept, sizes, coords)
+        values = _checked(path, given[name][1], specimens.values())
+        resolved[name] = path, values
+        if _is_component(values):
+            made = [replace(old, path, value) for old in specimens.values() for value in values.flat]
+            specimens = {_shape(specimen): specimen for specimen in made}
+    return resolved
 
 
 def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
@@ -207,7 +210,7 @@ def _checked(path: str, values: Array, specimens: Any) -> Array:
             value = values[index]
             out[index] = check(name, value.item() if isinstance(value, np.generic) else value, kinds, allowed)
     types = {type(value) for value in out.flat}
-    if values.shape and types <= {int, float}:
+    if types <= {int, float}:
         return out.astype(np.int64 if types == {int} else np.float64)
     return out
 

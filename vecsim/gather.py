@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from vecsim.axes import Plan
+from vecsim.declaration import Declaration, to_plain
 from vecsim.kernel.state import Array, Record
 from vecsim.variables import REQUEST_VARIABLES, TICK_VARIABLES, Variable, stat_labels
 
@@ -62,10 +64,16 @@ def axis_coords(plan: Plan) -> dict[str, Any]:
     for name, values in plan.coords.items():
         coords[name] = (name, values)
     for axis in plan.axes:
+        if not axis.dims:
+            continue
         field = axis.path.rpartition(".")[2]
         attrs = {"long_name": field.replace("_", " ")}
         if field in FIELD_UNITS:
             attrs["units"] = FIELD_UNITS[field]
+        if axis.is_component:
+            # Labels are short; the whole declarations are kept beside them.
+            plain = [to_plain(value) if isinstance(value, Declaration) else value for value in axis.values.flat]
+            attrs["declarations"] = msgspec.json.encode(plain).decode()
         coords[axis.name] = (axis.dims, axis.labels(), attrs)
     return coords
 
