@@ -1,31 +1,50 @@
 """`python -m vecsim.sweep` as its users call it."""
 
+import contextlib
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import xarray as xr
 
+from vecsim.sweep.__main__ import main
 from vecsim.sweep.spec import parse_values, read_spec, ready_made
 
 SMALL = ["--set", "request_rate=0.1:0.4:4", "--set", "seed=0..2", "--time-limit", "300"]
 
 
-def cli(folder, *arguments):
-    return subprocess.run(
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(folder, *arguments):
+    """As a user runs it: a process of its own."""
+    done = subprocess.run(
         [sys.executable, "-m", "vecsim.sweep", *map(str, arguments)],
         cwd=folder, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def cli(folder, *arguments):
+    """The same without the time that a process takes to start."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        returncode = main([*map(str, arguments)])
+    return Done(returncode, out.getvalue(), error.getvalue())
 
 
 def test_the_default_sweep_can_be_run_twice(tmp_path):
     for stem in ("sweep", "sweep-2"):
-        done = cli(tmp_path, *SMALL)
+        done = command(tmp_path, *SMALL)
         assert done.returncode == 0, done.stderr
         assert f"saved {stem}.nc and {stem}.png" in done.stdout
         assert "IFBatcherWithOnePrefillOnly" in done.stdout
@@ -75,7 +94,7 @@ def test_every_ready_made_spec_runs(tmp_path, name):
 
 
 def test_help_lists_the_ready_made_specs_and_the_notation(tmp_path):
-    done = cli(tmp_path, "--help")
+    done = command(tmp_path, "--help")
     assert done.returncode == 0
     for name in ready_made():
         assert re.search(rf"^  {name} +\S", done.stdout, re.MULTILINE)
@@ -84,7 +103,7 @@ def test_help_lists_the_ready_made_specs_and_the_notation(tmp_path):
 
 def test_an_existing_file_is_kept_without_force_and_named_before_computing(tmp_path):
     (tmp_path / "a.nc").write_text("precious")
-    done = cli(tmp_path, "-o", "a.nc")  # the whole default sweep: it must not start
+    done = command(tmp_path, "-o", "a.nc")  # the whole default sweep: it must not start
     assert done.returncode == 2
     assert done.stderr == "error: a.nc exists already: choose another name, or --force to overwrite it\n"
     assert (tmp_path / "a.nc").read_text() == "precious"
@@ -93,7 +112,7 @@ def test_an_existing_file_is_kept_without_force_and_named_before_computing(tmp_p
 
 
 def test_quiet_prints_nothing(tmp_path):
-    done = cli(tmp_path, *SMALL, "-o", "a.nc", "--quiet")
+    done = command(tmp_path, *SMALL, "-o", "a.nc", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -134,13 +153,13 @@ def test_a_spec_of_ones_own_has_lists_notation_and_zipped_axes(tmp_path):
     ("arguments", "message"),
     [
         (["nosuch"], "no spec 'nosuch': neither a file nor one of batching, "),
-        (["--set", "request_rte=1,2"], "unknown axis 'request_rte': did you mean request_rate?"),
+        (["--set", "request_rte=1,2"], "unknown axis 'request_rte'; did you mean request_rate"),
         (["--set", "request_rate"], "--set takes NAME=VALUES, got 'request_rate'"),
         (["--set", "request_rate="], "--set takes NAME=VALUES, got 'request_rate='"),
         (["--set", "request_rate=0.1:0.2:x"], "--set request_rate: a range is FIRST:LAST:COUNT"),
         (
             ["--set", "seed=5..1"],
-            "--set seed: whole numbers are FIRST..LAST with FIRST <= LAST, got '5..1'",
+            "--set seed: whole numbers are FIRST..LAST with FIRST <= LAST",
         ),
         (["--set", "request_rate=-1,2"], "request_rate must be > 0, got -1"),
         (
@@ -150,6 +169,13 @@ def test_a_spec_of_ones_own_has_lists_notation_and_zipped_axes(tmp_path):
         (["--set", "output_tokens=LogNormal(mean=1)"], "missing required field `std`"),
         (["--set", "seed=1", "--set", "seed=2"], "--set names 'seed' twice"),
         (["--set", "time_limit=5"], "use --time-limit for time_limit"),
+        (["--set", "seed=1,,2"], "a list has a value on either side of each comma, got '1,,2'"),
+        (["--set", "batcher=IFBatche"], "did you mean IFBatcher"),
+        (["--set", "seed=1" + 400 * "0"], "seed must be >= 0 and <= 4294967295, got 1000"),
+        (["--at-load", "nan"], "--at-load must be a finite number, got nan"),
+        (["zipped.toml"], "zip.size.seed: axes that vary together are lists, got 3"),
+        (["twice.toml"], "zip.size.seed: seed is an axis already"),
+        (["binary.toml"], "binary.toml can't be read as text"),
         (["--time-limit", "-5"], "time_limit must be > 0 and <= 1e+09, got -5"),
         (["--threads", "0"], "threads must be a whole number >= 1, got 0"),
         (["-o", "a.csv"], "a.csv: a name that ends in .nc or .zarr is needed"),
@@ -171,12 +197,36 @@ def test_a_mistake_is_one_clear_sentence_and_nothing_is_written(tmp_path, argume
     (specs / "typo.toml").write_text(load + "[axs]\nseed = [1]\n")
     (specs / "syntax.toml").write_text(load + "request_rate = oops\n")
     (specs / "values.toml").write_text(load + "[axes]\nseed = '3..1'\n")
+    (specs / "zipped.toml").write_text(load + "[zip.size]\nseed = 3\n")
+    (specs / "twice.toml").write_text(load + "[axes]\nseed = [1]\n[zip.size]\nseed = [3]\n")
+    (specs / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    before = len(list(specs.iterdir()))
     done = cli(specs, *arguments)
     assert done.returncode == 2, done.stdout
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert len(list(specs.iterdir())) == 4
+    assert len(list(specs.iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--set", "request_rate=0.1"],
+        ["--set", "prefill_time=1e12"],
+        ["--set", "output_tokens=3,LogNormal(mean=9, std=3)"],
+    ],
+)
+def test_any_sweep_ends_with_a_table_and_a_picture(tmp_path, arguments):
+    done = cli(tmp_path, "--time-limit", "300", "--set", "seed=0..2", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "saved sweep.nc and sweep.png" in done.stdout
+
+
+def test_the_table_reads_the_nearest_load(tmp_path):
+    small = ["--time-limit", "300", "-o", "a.nc", "--set", "load_generator.request_rate=0.3,0.1"]
+    done = cli(tmp_path, *small, "--at-load", "1e300")
+    assert "TTFT at request_rate=0.3" in done.stdout, done.stderr
 
 
 def test_an_interruption_leaves_nothing_under_the_final_name(tmp_path):
@@ -192,8 +242,8 @@ def test_an_interruption_leaves_nothing_under_the_final_name(tmp_path):
         "seed=0..499",
     ]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        time.sleep(4)
-        assert process.poll() is None
+        while process.stderr.read(1) != b"%":  # the bar runs
+            assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=20)
     assert process.returncode == 130

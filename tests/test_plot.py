@@ -4,10 +4,11 @@ import io
 
 import matplotlib.image
 import numpy as np
-import pytest
+import xarray as xr
 
 import vecsim as sim
 from vecsim import plot
+from vecsim.sweep.report import texts
 
 ENGINE = sim.Engine(load_generator=sim.RequestRateLoadGenerator(target_output_len_tokens=8))
 BATCHERS = [sim.StaticBatcher(), sim.IFBatcher(), sim.IFBatcherWithOnePrefillOnly()]
@@ -58,11 +59,38 @@ def test_other_loads_and_more_axes_are_drawn_too():
     assert len(figure.axes[0].lines) == 6
 
 
-def test_nothing_completed_draws_without_a_warning():
+def test_a_shared_dimension_is_drawn_along_the_load_and_named_by_its_axes_elsewhere():
+    rates = xr.DataArray([0.3, 0.1], dims="size")
+    slots = xr.DataArray([4, 2], dims="size")
+    ds = sim.sweep(ENGINE, 200, progress=False, request_rate=rates, max_batch_size=slots, batcher=BATCHERS)
+    figure = plot.sweep(ds)
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xdata(), [0.1, 0.3])
+    assert texts(ds, "size") == ["request_rate=0.3, max_batch_size=4", "request_rate=0.1, max_batch_size=2"]
+
+
+def test_more_values_than_colours_are_thinned_out_and_said_to_be():
+    ds = sim.sweep(
+        ENGINE,
+        50,
+        progress=False,
+        max_batch_size=range(1, 30),
+        total_prefill_chunks=range(1, 9),
+        request_rate=[0.1, 0.2],
+    )
+    figure = plot.sweep(ds)
+    assert len(figure.axes[0].lines) == 49
+    assert "7 of 29 values of max_batch_size; 7 of 8 values of total_prefill_chunks" in figure.get_suptitle()
+    styles = {(line.get_color(), str(line.get_linestyle()), str(line._dash_pattern)) for line in figure.axes[0].lines}
+    assert len(styles) == 49
+
+
+def test_nothing_completed_draws_without_a_warning_and_says_so():
     figure = plot.sweep(sim.sweep(ENGINE, 3, progress=False, request_rate=[0.1, 0.2], seed=range(3)))
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no request has a first token"]
     assert pixels(figure).std() > 0.01
 
 
-def test_a_sweep_without_numbers_to_draw_along_is_refused():
-    with pytest.raises(ValueError, match="an axis of numbers beside seed"):
-        plot.sweep(sim.sweep(ENGINE, 50, progress=False, batcher=BATCHERS))
+def test_a_sweep_without_numbers_is_drawn_as_points():
+    figure = plot.sweep(sim.sweep(ENGINE, 50, progress=False, batcher=BATCHERS, seed=range(3)))
+    assert len(figure.axes[0].containers) == 3
+    assert pixels(figure).std() > 0.01

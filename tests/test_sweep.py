@@ -159,7 +159,7 @@ def test_data_arrays_that_share_a_dimension_vary_together():
 
 
 def test_scalars_pin_a_field_and_are_told_in_the_declaration():
-    ds = sweep(ENGINE, 100, request_rate=0.11, seed=[5], batcher=sim.StaticBatcher())
+    ds = sweep(ENGINE, 100, request_rate=np.array(0.11), seed=[5], batcher=sim.StaticBatcher())
     assert dict(ds.sizes) == {"seed": 1, "stat": 6}
     declared = sim.Engine.from_json(ds.attrs["declaration"])
     assert declared.load_generator.request_rate == 0.11
@@ -181,6 +181,8 @@ def test_a_scalar_pins_the_field_in_every_component_of_an_axis():
 def test_labels_are_short_and_whole_declarations_are_kept_beside_them():
     lengths = [sim.Normal(mean=3), sim.Normal(mean=3, std=2), sim.Constant(value=3)]
     ds = sweep(sim.Engine(load_generator=sim.PoissonLoadGenerator()), 10, output_tokens=lengths)
+    mixed = sweep(sim.Engine(load_generator=sim.PoissonLoadGenerator()), 10, output_tokens=[3, *lengths[:1]])
+    assert list(mixed["load_generator.output_tokens"].values) == ["3", "Normal"]
     coordinate = ds["load_generator.output_tokens"]
     assert list(coordinate.values) == ["Normal(mean=3.0)", "Normal(mean=3.0, std=2.0)", "Constant(value=3)"]
     plain = json.loads(coordinate.attrs["declarations"])
@@ -245,7 +247,7 @@ def test_a_written_dataset_is_read_back_identical(tmp_path, name):
     [
         (
             {"request_rte": [1]},
-            "unknown axis 'request_rte': did you mean request_rate? fields are max_batch_size",
+            "unknown axis 'request_rte'; did you mean request_rate",
         ),
         ({"mean": [1]}, "unknown axis 'mean'"),
         ({"seed": []}, "axis 'seed' must have at least one value, got none"),
@@ -267,6 +269,16 @@ def test_a_written_dataset_is_read_back_identical(tmp_path, name):
         ({"seed": xr.DataArray([1, 2], dims="ttft")}, "dimension 'ttft' must have another name"),
         ({"seed": [1], "load_generator.seed": [2]}, "which another axis names too"),
         ({"seed": range(10**12)}, "GiB of memory"),
+        ({"seed": range(10**20)}, "GiB of memory"),
+        ({"seed": 10**400}, "seed must be >= 0 and <= 4294967295, got 1000"),
+        ({"seed": {1, 2}}, "axis 'seed' must be a list, an array or a range, got a set"),
+        (
+            {
+                "seed": xr.DataArray([1, 2], dims="a", coords={"a": [1, 2]}),
+                "request_rate": xr.DataArray([1, 2], dims="a", coords={"a": [3, 4]}),
+            },
+            "axes along 'a' must have the same coordinate there",
+        ),
         (
             {"output_tokens": [3], "target_output_len_std": [1]},
             "must be left out where output_tokens is given",
@@ -276,7 +288,7 @@ def test_a_written_dataset_is_read_back_identical(tmp_path, name):
                 "load_generator": [sim.BatchLoadGenerator(), sim.PoissonLoadGenerator()],
                 "request_rate": [1],
             },
-            "unknown",
+            "with BatchLoadGenerator",
         ),
     ],
 )
@@ -326,3 +338,50 @@ def test_an_interruption_stops_within_a_second():
         _, error = process.communicate(timeout=20)
     assert b"KeyboardInterrupt" in error
     assert time.monotonic() - begin < 5  # a second on an idle machine; this one may be busy
+
+
+def test_heavy_tails_in_blocks_that_share_streams_are_drawn_for_each_block(monkeypatch):
+    monkeypatch.setattr(scenarios, "BLOCK_SCENARIOS", 3)
+    lengths = sim.Empirical(values=[1] * 9 + [1_000_000])
+    closed = sim.ConcurrentLoadGenerator(target_concurrency=100, prefill_time=0, output_tokens=lengths)
+    bursts = sim.GammaLoadGenerator(coefficient_of_variation=100, output_tokens=1, prefill_time=0)
+    for load, axis, values in [(closed, "target_concurrency", [100, 2000]), (bursts, "request_rate", [0.001, 100.0])]:
+        engine = sim.Engine(max_batch_size=100, load_generator=load)
+        ds = sweep(engine, 60, **{axis: values}, seed=range(6), threads=2)
+        for value in values:
+            for seed in range(6):
+                one = axes.replace_all(
+                    engine, {f"load_generator.{axis}": value, "load_generator.seed": seed}
+                ).run(60)  # fmt: skip
+                assert ds.arrived.sel({axis: value, "seed": seed}) == one.metrics.arrived
+
+
+def test_the_order_of_keywords_changes_no_result():
+    load = sim.PoissonLoadGenerator(request_rate=0.5)
+    base = sim.Engine(load_generator=sim.BatchLoadGenerator())
+    pins = {"output_tokens": sim.Uniform(low=1, high=10), "load_generator": load, "low": 15, "high": 20}
+    wanted = sweep(base, 100, load_generator=load, output_tokens=sim.Uniform(low=15, high=20))
+    given = {
+        "load_generator": [load, sim.RequestRateLoadGenerator()],
+        "output_tokens": [sim.Normal(mean=3), sim.LogNormal(mean=3, std=3)],
+        "mean": [5, 6],
+    }
+    there = sweep(base, 100, **given)
+    for reverse in (False, True):
+        order = sorted(pins, reverse=reverse)
+        xr.testing.assert_equal(sweep(base, 100, **{name: pins[name] for name in order}), wanted)
+        order = sorted(given, reverse=reverse)
+        back = sweep(base, 100, **{name: given[name] for name in order}).transpose(*there.dims)
+        xr.testing.assert_equal(back, there)
+
+
+def test_zipped_axes_count_once_for_memory():
+    many = xr.DataArray(np.arange(20_000), dims="k")
+    rates = xr.DataArray(np.linspace(0.1, 0.2, 20_000), dims="k")
+    assert sweep(ENGINE, 1, seed=many, request_rate=rates).sizes["k"] == 20_000
+
+
+def test_slots_of_a_large_batch_are_the_lowest_free_ones():
+    load = sim.BatchLoadGenerator(initial_batch=2**17, output_tokens=1, prefill_time=0)
+    slots = sim.Engine(max_batch_size=2**16, load_generator=load).run(3).requests.slot.values
+    np.testing.assert_array_equal(slots, np.tile(np.arange(2**16), 2))

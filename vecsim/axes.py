@@ -1,14 +1,13 @@
 """Axes: keywords that name fields of a declaration, however deep, and the values that they take."""
 
-import difflib
 import math
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, _checks, check
+from vecsim.declaration import Declaration, Range, _checks, check, suggestion
 from vecsim.kernel.state import Array
 from vecsim.memory import require_results
 from vecsim.variables import REQUEST_VARIABLES, TICK_VARIABLES
@@ -35,9 +34,13 @@ class Axis(NamedTuple):
             return self.values
         values = list(self.values.flat)
         texts = [value.label() if isinstance(value, Declaration) else str(value) for value in values]
-        names = [type(value).__name__ for value in values]
-        if self.is_component and len(set(names)) == len(set(texts)):
+        names = [type(v).__name__ if isinstance(v, Declaration) else t for v, t in zip(values, texts, strict=True)]
+        if len(set(names)) == len(set(texts)):
             texts = names
+        for i, text in enumerate(texts):
+            same = [values[j] for j in range(i) if texts[j] == text and values[j] != values[i]]
+            if same:
+                texts[i] = f"{text} #{len(same) + 1}"
         return np.array(texts).reshape(self.values.shape)
 
 
@@ -57,11 +60,25 @@ class Plan(NamedTuple):
         return count
 
 
+def replace_all(declaration: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of a declaration with the fields at dotted paths replaced; checked like a new one.
+
+    All fields of one component are replaced at once, and those of a component that is replaced itself after it.
+    """
+    own = {name: value for name, value in changes.items() if "." not in name}
+    inner: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        if "." in path:
+            head, _, rest = path.partition(".")
+            inner.setdefault(head, {})[rest] = value
+    for head, rest_changes in inner.items():
+        own[head] = replace_all(own.get(head, getattr(declaration, head)), rest_changes)
+    return msgspec.structs.replace(declaration, **own)
+
+
 def replace(declaration: Any, path: str, value: Any) -> Any:
-    """A copy of a declaration with the field at a dotted path replaced; checked like a new one."""
-    name, _, rest = path.partition(".")
-    inner = replace(getattr(declaration, name), rest, value) if rest else value
-    return msgspec.structs.replace(declaration, **{name: inner})
+    """`replace_all` for one field."""
+    return replace_all(declaration, {path: value})
 
 
 def fields(declaration: Declaration, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -89,10 +106,8 @@ def find(name: str, declaration: Declaration) -> str:
         return found[0]
     if found:
         raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(found)}")
-    names = {path.rpartition(".")[2] for path in paths}
-    close = difflib.get_close_matches(name, [*names, *paths], n=3)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(f"unknown axis {name!r}: {hint}fields are {', '.join(paths)}")
+    hint = suggestion(name, [*paths, *(path.rpartition(".")[2] for path in paths)])
+    raise ValueError(f"unknown axis {name!r}{hint or ':'} fields are {', '.join(paths)}")
 
 
 def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
@@ -105,7 +120,13 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
         one of another length.
     """
     # Some 400 bytes of results a scenario; ranges can be endless, so look before making anything of them.
-    require_results(math.prod(len(value) for value in axes.values() if isinstance(value, Sized)), 400.0)
+    lengths: dict[Any, float] = {}
+    for name, value in axes.items():
+        if hasattr(value, "dims"):
+            lengths |= dict(zip(value.dims, value.shape, strict=True))
+        else:
+            lengths[name] = _length(value)
+    require_results(math.prod(lengths.values()), 400.0)
     given = {name: _values(name, value) for name, value in axes.items()}
     resolved = _resolve(engine, given)
 
@@ -130,12 +151,18 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
             if dim in TAKEN:
                 raise ValueError(f"dimension {dim!r} must have another name: a result is called so")
             if array is not None and dim in array.coords:
-                coords[dim] = array.coords[dim].values
+                values = array.coords[dim].values
+                if dim in coords and not np.array_equal(coords[dim], values):
+                    raise ValueError(f"axes along {dim!r} must have the same coordinate there")
+                coords[dim] = values
     for axis in planned:
         if axis.name in sizes and axis.dims != (axis.name,):
             raise ValueError(f"axis {axis.name!r} must not be a dimension of another axis as well")
-        if not axis.dims and axis.path in dict(fields(engine)):
-            engine = replace(engine, axis.path, axis.values[()])
+    pins = {axis.path: axis.values[()] for axis in planned if not axis.dims}
+    components = {path: value for path, value in pins.items() if isinstance(value, Declaration)}
+    known = dict(fields(replace_all(engine, components)))
+    # A pin that only a component on an axis has is for the lowering.
+    engine = replace_all(engine, {path: value for path, value in pins.items() if path in known})
     return Plan(engine, tuple(planned), sizes, coords)
 
 
@@ -147,8 +174,17 @@ def _resolve(engine: Declaration, given: Mapping[str, Any]) -> dict[str, tuple[s
     """
     specimens: dict[Any, Declaration] = {_shape(engine): engine}
     resolved: dict[str, tuple[str, Array]] = {}
-    for name in sorted(given, key=lambda name: not _is_component(given[name][1])):
-        paths = {find(name, specimen) for specimen in specimens.values()}
+    for name in _outermost_first(engine, given):
+        paths = set()
+        lacking: list[str] = []
+        for specimen in specimens.values():
+            try:
+                paths.add(find(name, specimen))
+            except ValueError as unknown:
+                kinds = [type(value).__name__ for _, value in fields(specimen) if isinstance(value, Declaration)]
+                lacking.append(f"{unknown}; with {', '.join(kinds)}" if len(specimens) > 1 else str(unknown))
+        if lacking:
+            raise ValueError(lacking[0])
         if len(paths) > 1:
             raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(sorted(paths))}")
         path = paths.pop()
@@ -162,6 +198,26 @@ def _resolve(engine: Declaration, given: Mapping[str, Any]) -> dict[str, tuple[s
     return resolved
 
 
+def _outermost_first(engine: Declaration, given: Mapping[str, Any]) -> list[str]:
+    """Names of the axes: components before numbers, outer components before those inside them."""
+
+    def depth(name: str) -> tuple[bool, int]:
+        found = [path for path, _ in fields(engine) if path == name or path.endswith("." + name)]
+        return not _is_component(given[name][1]), min((path.count(".") for path in found), default=99)
+
+    return sorted(given, key=depth)
+
+
+def _length(given: Any) -> float:
+    """How many values an axis has; infinite where they can't be counted."""
+    try:
+        return len(given)
+    except TypeError:
+        return 1
+    except OverflowError:
+        return math.inf
+
+
 def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
     """(dims, values, the DataArray or None) of what the user wrote."""
     if hasattr(given, "dims") and hasattr(given, "coords"):
@@ -170,12 +226,22 @@ def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
         values = np.asarray(array.values)
     else:
         array = None
+        if isinstance(given, dict | set | frozenset):
+            raise ValueError(f"axis {name!r} must be a list, an array or a range, got a {type(given).__name__}")
+        if isinstance(given, np.ndarray) and given.ndim == 0:
+            given = given.item()
         if isinstance(given, str | bytes | Declaration | type) or not hasattr(given, "__len__"):
             if hasattr(given, "__next__"):
                 raise ValueError(f"axis {name!r} must be a list, an array or a range, got an iterator")
             values = np.empty((), object)
             values[()] = given
             return (), values, None
+        if isinstance(given, range) or (
+            isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind in "iuf"
+        ):
+            numbers = np.asarray(given)
+            if numbers.size:
+                return (name,), numbers, None
         items = list(given)
         if isinstance(given, np.ndarray) and given.ndim != 1:
             raise ValueError(
@@ -206,13 +272,33 @@ def _checked(path: str, values: Array, specimens: Any) -> Array:
         owners[type(owner)] = owner
     for owner_type in owners:
         kinds, allowed = next((kinds, allowed) for field, kinds, allowed in _checks(owner_type) if field == name)
+        if values.dtype.kind in "iuf":
+            whole = float not in kinds
+            wrong = _wrong(values, whole, allowed)
+            if float in kinds or int in kinds:
+                if wrong.any():
+                    check(name, values[wrong][0].item(), kinds, allowed)
+                out = values.astype(np.int64 if whole else np.float64)
+                continue
         for index in np.ndindex(values.shape):
             value = values[index]
             out[index] = check(name, value.item() if isinstance(value, np.generic) else value, kinds, allowed)
+    if out.dtype != object:
+        return out
     types = {type(value) for value in out.flat}
     if types <= {int, float}:
         return out.astype(np.int64 if types == {int} else np.float64)
     return out
+
+
+def _wrong(values: Array, whole: bool, allowed: Range | None) -> Array:
+    """Where numbers aren't what a field may be."""
+    right = np.isfinite(values)
+    if whole:
+        right &= values == np.floor(values)
+    if allowed is not None:
+        right &= (values >= allowed.low if allowed.low_allowed else values > allowed.low) & (values <= allowed.high)
+    return ~right
 
 
 def _shape(declaration: Declaration) -> Any:

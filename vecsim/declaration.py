@@ -1,10 +1,13 @@
 """What every declaration shares: frozen fields with ranges, clear refusals, TOML and JSON."""
 
+import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Annotated, Any, Self, get_args, get_origin
 
 import msgspec
@@ -120,14 +123,51 @@ def to_plain(declaration: Declaration) -> dict[str, Any]:
     return clean(msgspec.to_builtins(declaration))
 
 
-def from_plain(data: Any, kind: Any, where: str = "") -> Any:
+def from_plain(data: Any, kind: Any) -> Any:
     """A declaration from nested dicts; errors say at which key."""
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
-        path = f"{where}{path.rstrip('`')}".lstrip(".")
-        raise ValueError(f"{path}: {message}" if path else message) from None
+        path = path.rstrip("`").lstrip(".")
+        raise ValueError((f"{path}: {message}" if path else message) + _hint(message)) from None
+
+
+def tagged() -> dict[str, type[Declaration]]:
+    """Every declaration that TOML's `type` can name."""
+
+    def below(kind: type[Declaration]) -> list[type[Declaration]]:
+        return [other for sub in kind.__subclasses__() for other in (sub, *below(sub))]
+
+    return {
+        kind.__name__: kind
+        for kind in below(Declaration)
+        if not kind.__subclasses__() and kind.__struct_config__.tag is not None
+    }
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?`, or nothing if no known name is like it."""
+    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _hint(message: str) -> str:
+    """What a misspelt field or type may have meant."""
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", message):
+        return suggestion(found[1], (name for kind in tagged().values() for name in kind.__struct_fields__))
+    if found := re.fullmatch(r"Invalid value '(.*)'", message):
+        return suggestion(found[1], tagged())
+    return ""
+
+
+def shown(value: Any) -> str:
+    """A value's text for an error message, cut if it's very long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python's limit of 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) -> Any:
@@ -145,11 +185,11 @@ def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) 
         text = "a number" if float in kinds else "a whole number"
         if structs:
             text += " or one of " + ", ".join(kind.__name__ for kind in structs)
-        raise ValueError(f"{name} must be {refusal or text}, got {value!r}")
+        raise ValueError(f"{name} must be {refusal or text}, got {shown(value)}")
     if structs:
         names = ", ".join(kind.__name__ for kind in structs)
         hint = "; call it: " + value.__name__ + "()" if isinstance(value, type) and issubclass(value, structs) else ""
-        raise ValueError(f"{name} must be one of {names}, got {value!r}{hint}")
+        raise ValueError(f"{name} must be one of {names}, got {shown(value)}{hint}")
     return value
 
 
@@ -158,9 +198,12 @@ def _plain_number(value: Any, whole: bool) -> float | int | None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     real: Any = value
-    if not whole:
-        return float(real)
-    return int(real) if float(real).is_integer() else None
+    try:
+        if not whole:
+            return float(real)
+        return int(real) if float(real).is_integer() else None
+    except OverflowError:  # out of every range, and refused as such
+        return math.inf if real > 0 else -math.inf
 
 
 @functools.cache

@@ -1,11 +1,11 @@
 """Output-length distributions: declaration and rule side by side."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
-from vecsim.declaration import Declaration, NonNegative, Number, Positive, Range
+from vecsim.declaration import Declaration, NonNegative, Number, Range, shown
 from vecsim.kernel.state import NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS
 
 # Codes of the rule `output_tokens`, and the numbers that each is made from
@@ -105,8 +105,13 @@ class LogNormal(Distribution, frozen=True, kw_only=True, tag=True):
     log x is normal with variance s^2 = log(1 + std^2 / mean^2) and mean log(mean) - s^2 / 2.
     """
 
-    mean: Positive
+    mean: Annotated[float, Range(0, MOST_TOKENS, low_allowed=False)]
     std: NonNegative
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std > 1e6 * self.mean:
+            raise ValueError(f"std must be <= 1e6 x mean, got std={self.std:g}, mean={self.mean:g}")
 
     def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
         variance = math.log1p((self.std / self.mean) ** 2)
@@ -131,11 +136,11 @@ class Empirical(Distribution, frozen=True, kw_only=True, tag=True):
         try:
             values = tuple(int(value) for value in self.values)
             whole = all(value == given for value, given in zip(values, self.values, strict=True))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             whole = False
         if not whole or not values or min(values) < 1 or max(values) > MOST_TOKENS:
             raise ValueError(
-                f"values must be one or more whole numbers >= 1 and <= {MOST_TOKENS}, got {_short(self.values)}"
+                f"values must be one or more whole numbers >= 1 and <= {MOST_TOKENS}, got {shown(self.values)}"
             )
         msgspec.structs.force_setattr(self, "values", values)
 
@@ -146,15 +151,10 @@ class Empirical(Distribution, frozen=True, kw_only=True, tag=True):
         return sum(self.values) / len(self.values)
 
     def label(self) -> str:
-        return f"Empirical({_short(self.values)})"
+        return f"Empirical({shown(self.values)})"
 
 
 AnyDistribution = Constant | Normal | Uniform | LogNormal | Empirical
-
-
-def _short(values: Any) -> str:
-    text = repr(values)
-    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def output_tokens(code, a, b, table, draw):

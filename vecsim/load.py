@@ -1,8 +1,8 @@
 """Load generators: when requests arrive and how long they are. Declaration and rule side by side."""
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from vecsim.declaration import Count, Declaration, NonNegative, Number, Positive, Seed, Time
+from vecsim.declaration import Count, Declaration, NonNegative, Number, Positive, Range, Seed, Time
 from vecsim.lengths import AnyDistribution, Constant, Distribution, Normal
 
 # Codes of the rule `arrival_time`, and of the closed loop
@@ -152,7 +152,7 @@ class GammaLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     """
 
     request_rate: Positive = 1.0
-    coefficient_of_variation: Positive = 1.0
+    coefficient_of_variation: Annotated[float, Range(1e-3, 1e3)] = 1.0
 
     arrivals = RENEWAL
 

@@ -1,8 +1,10 @@
 """The arguments that a run and a sweep share: how long, from when on, which quantiles."""
 
+import numbers
 from collections.abc import Sequence
 
-from vecsim.variables import DEFAULT_QUANTILES
+from vecsim.declaration import shown
+from vecsim.variables import DEFAULT_QUANTILES, stat_labels
 
 LONGEST_RUN = 1e9
 
@@ -16,12 +18,12 @@ def check_times(time_limit: float, warmup: float) -> tuple[float, float]:
         When one isn't a number in its range.
     """
     for name, value in (("time_limit", time_limit), ("warmup", warmup)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            try:
-                float(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"{name} must be a number, got {value!r}") from None
-    time_limit, warmup = float(time_limit), float(warmup)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} must be a number, got {shown(value)}")
+    try:
+        time_limit, warmup = float(time_limit), float(warmup)
+    except OverflowError:
+        raise ValueError(f"time_limit must be > 0 and <= {LONGEST_RUN:g}, got {shown(time_limit)}") from None
     if not 0 < time_limit <= LONGEST_RUN:
         raise ValueError(f"time_limit must be > 0 and <= {LONGEST_RUN:g}, got {time_limit:g}")
     if not 0 <= warmup < time_limit:
@@ -40,12 +42,14 @@ def check_quantiles(quantiles: Sequence[float] | None) -> tuple[float, ...]:
     if quantiles is None:
         return DEFAULT_QUANTILES
     try:
-        values = tuple(sorted(float(q) for q in quantiles))
-    except (TypeError, ValueError):
-        raise ValueError(f"quantiles must be numbers in [0, 1], got {quantiles!r}") from None
+        values = () if isinstance(quantiles, str) else tuple(sorted(float(q) for q in quantiles))
+    except (TypeError, ValueError, OverflowError):
+        values = ()
+    if not values:
+        raise ValueError(f"quantiles must be one or more numbers in [0, 1], got {shown(quantiles)}")
     for q in values:
         if not 0 <= q <= 1:
             raise ValueError(f"quantiles must be in [0, 1], got {q:g}")
-    if len(set(values)) < len(values):
+    if len(set(stat_labels(values))) < len(values) + 2:
         raise ValueError(f"quantiles must differ from one another, got {quantiles!r}")
     return values

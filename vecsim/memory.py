@@ -29,12 +29,17 @@ def require(size: float, largest: str, advice: str) -> None:
     free = available()
     if size > free:
         raise ValueError(
-            f"this needs {size / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free: most of it is for "
+            f"this needs {_gib(size)} GiB of memory, {_gib(free)} GiB are free: most of it is for "
             f"{largest}. Try {advice}."
         )
 
 
-def require_results(scenarios: int, per_scenario: float) -> None:
+def _gib(size: float) -> str:
+    gib = size / 2**30
+    return f"{gib:,.1f}" if gib < 1e6 else f"{gib:.3g}"
+
+
+def require_results(scenarios: float, per_scenario: float) -> None:
     """Check that the results of so many scenarios fit, at so many bytes each.
 
     Raises
@@ -43,4 +48,8 @@ def require_results(scenarios: int, per_scenario: float) -> None:
         When they don't.
     """
     advice = 'fewer values on an axis, or several calls; keep="requests" takes most where it is used'
-    require(scenarios * per_scenario, f"the results of {scenarios:,} scenarios", advice)
+    require(
+        scenarios * per_scenario,
+        f"the results of {scenarios:,} scenarios" if scenarios < 1e15 else "the results of all scenarios",
+        advice,
+    )

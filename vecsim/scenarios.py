@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vecsim.axes import Plan, replace
+from vecsim.axes import Plan, replace_all
 from vecsim.batching import BATCHERS, IFBatcherWithOnePrefillOnly
 from vecsim.engine import Engine
 from vecsim.kernel.state import (
@@ -80,20 +80,16 @@ def lower(plan: Plan, time_limit: float) -> Table:
         return values.transpose(order).reshape(sizes)
 
     # Axes over components and their inner fields: one declaration for each combination.
-    inner = sorted(
-        (axis for axis in plan.axes if axis.path not in COLUMNS),
-        key=lambda axis: axis.path.count("."),
-    )
+    inner = [axis for axis in plan.axes if axis.path not in COLUMNS]
     over = tuple(dim for dim in dims if any(dim in axis.dims for axis in inner))
     tables: dict[tuple[int, ...], int] = {}
     rows = []
     for index in np.ndindex(tuple(plan.sizes[dim] for dim in over)):
         place = dict(zip(over, index, strict=True))
-        engine = plan.engine
-        for axis in inner:
-            value = axis.values[tuple(place[dim] for dim in axis.dims)]
-            engine = replace(engine, axis.path, value.item() if isinstance(value, np.generic) else value)
-        rows.append(parameters(engine, tables))  # type: ignore[arg-type]
+        engine = replace_all(
+            plan.engine, {axis.path: axis.values[tuple(place[dim] for dim in axis.dims)] for axis in inner}
+        )
+        rows.append(parameters(engine, tables))
     columns = {
         name: spread(
             np.array([row[name] for row in rows], np.int64 if name in INTEGERS else np.float64).reshape(
@@ -162,13 +158,16 @@ def parameters(engine: Engine, tables: dict[tuple[int, ...], int]) -> dict[str, 
 def _distinct(columns: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     """Number the distinct rows of columns: (the number at each place, the columns of the distinct rows)."""
     spread = np.broadcast_arrays(*columns.values())
-    rows = np.stack([column.ravel().astype(np.float64) for column in spread], axis=1)
-    distinct, number = np.unique(rows, axis=0, return_inverse=True)
-    kept = {
-        name: distinct[:, i].astype(np.float64 if name in ("a", "b", "shape") else np.int64)
-        for i, name in enumerate(columns)
+    key = np.zeros(spread[0].size, np.int64)
+    for column in spread:
+        # One sort of numbers for each column that varies: much cheaper than sorting rows.
+        values, place = np.unique(column, return_inverse=True)
+        if values.size > 1:
+            _, key = np.unique(key * values.size + place.ravel(), return_inverse=True)
+    _, first, number = np.unique(key, return_index=True, return_inverse=True)
+    return number.reshape(spread[0].shape), {
+        name: column.ravel()[first] for name, column in zip(columns, spread, strict=True)
     }
-    return number.reshape(spread[0].shape), kept
 
 
 def _other_seed(seed: Array) -> Array:
@@ -243,14 +242,14 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
         used_lengths, length_number = np.unique(length_stream[begin:end], return_inverse=True)
         used_arrivals, arrival_number = np.unique(arrival_stream[begin:end], return_inverse=True)
         columns = {name: table.at(name, rows[part]) for name in Scenarios._fields[:-2]}
-        scenarios = Scenarios(**columns, arrival_stream=arrival_number, length_stream=length_number)
+        # Sized by this block's own scenarios: a stream is never longer than what a thread has room for.
         yield Block(
             rows[part],
-            scenarios,
+            Scenarios(**columns, arrival_stream=arrival_number, length_stream=length_number),
             LengthParameters(*(column[used_lengths] for column in table.lengths)),
-            length_sizes[used_lengths],
+            _largest(length_number, needed[part], used_lengths.size),
             ArrivalParameters(*(column[used_arrivals] for column in table.arrivals)),
-            arrival_sizes[used_arrivals],
+            _largest(arrival_number, np.where(renewal[part], needed[part], 0), used_arrivals.size),
             int(needed[part].max()),
         )
         begin = end

@@ -12,7 +12,8 @@ from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed
 from vecsim.threads import Workers, available_threads
 from vecsim.variables import DISTRIBUTIONS, SCALARS
 
-BYTES_PER_REQUEST = 64  # of a thread's scratch
+BYTES_PER_REQUEST = 70  # of a thread's scratch
+BYTES_PER_RECORD = 140  # of a run's record, and of what it is made with
 BYTES_PER_STEP = 24
 
 
@@ -79,7 +80,7 @@ def simulate(
     ValueError
         When results and working arrays would not fit in memory: says how much they take and what to do.
     """
-    threads = threads or available_threads()
+    threads = min(threads or available_threads(), table.size)
     check_memory(table, 8 * (measured.width + 2) * table.size, threads)
     results = Results.empty(table.size, measured.width)
     with Workers(threads) as workers:
@@ -87,7 +88,7 @@ def simulate(
         if keep_requests:
             # The first pass has told how many requests there are.
             most = int(results.enqueued.max())
-            check_memory(table, 8 * (measured.width + 2 + 7 * most) * table.size, threads)
+            check_memory(table, 8 * (measured.width + 2 + 21 * most) * table.size, threads)
             results = Results.empty(table.size, measured.width, most)
             _run(table, measured, results, workers, lambda done: None)
     return results
@@ -104,7 +105,7 @@ def simulate_one(table: Table, measured: Measured) -> Single:
     more = 1.0
     with Workers(1) as workers:
         while True:
-            check_memory(table, 0, 1, more)
+            check_memory(table, BYTES_PER_RECORD * float(np.max(requests_needed(table, more))), 1, more)
             block = next(blocks(table, np.zeros(1, np.int64), more))
             results = Results.empty(1, measured.width, block.most_requests)
             status, outcome, scratch = _run_block(table, block, measured, results, workers)
@@ -155,7 +156,7 @@ def _run_block(
 
     def scratch() -> Scratch:
         if not hasattr(own, "scratch"):
-            own.scratch = latest["scratch"] = _new_scratch(block, table.time_limit)
+            own.scratch = latest["scratch"] = _new_scratch(block, table.time_limit, int(lengths.longest.max()))
         return own.scratch
 
     def draw_some_lengths(first: int, last: int) -> None:
@@ -202,20 +203,21 @@ def _new_streams(sizes: Array, dtype: Any) -> Streams:
     return Streams(start, sizes, np.zeros(sizes.size, np.int64), np.empty(int(sizes.sum()), dtype))
 
 
-def _new_scratch(block: Block, time_limit: float) -> Scratch:
-    """What a thread needs for the largest scenario of a block."""
+def _new_scratch(block: Block, time_limit: float, longest: int) -> Scratch:
+    """What a thread needs for the largest scenario of a block; `longest` is the longest output drawn."""
     from vecsim.kernel.quantiles import BINS
     from vecsim.kernel.tally import LATENCIES
 
     requests = block.most_requests + 1
     steps = int(time_limit) + 2  # a step takes a tick or more
     slots = int(block.scenarios.max_batch_size.max())
+    farthest = min(int(block.scenarios.total_prefill_chunks.max()) + longest, steps + 1)
     return Scratch(
         arrived_at=np.empty(requests),
         enqueued_step=np.empty(requests, np.int32),
         started_step=np.empty(requests, np.int32),
         time=np.empty(steps + 1),
-        calendar=np.empty(16 << steps.bit_length(), np.int64),
+        calendar=np.empty(max(8, 1 << farthest.bit_length()), np.int64),
         prefill_sum=np.empty(slots + 1),
         itl_samples=np.empty(slots + 1, np.int64),
         values=np.empty((LATENCIES, requests)),
@@ -239,7 +241,7 @@ def check_memory(table: Table, results: float, threads: int, more: float = 1.0) 
     streams = max(BLOCK_BYTES, 12.0 * requests)
     working = threads * (BYTES_PER_REQUEST * requests + BYTES_PER_STEP * table.time_limit)
     total = results + columns + working + streams
-    if results + columns >= working + streams:
+    if table.size > 1 and results + columns >= working + streams:
         memory.require_results(table.size, total / table.size)
     else:
         largest = f"{requests:.3g} requests and {table.time_limit:.3g} ticks in one scenario"

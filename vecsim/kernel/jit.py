@@ -8,10 +8,13 @@ another file, it would run the old machine code. So the cache folder is named by
 file of the package. No `fastmath`: results must not depend on the compiler's mood.
 """
 
+import atexit
 import hashlib
 import os
 import platform
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -39,25 +42,25 @@ def source_hash() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: VECSIM_CACHE_DIR, else the user's cache folder, else a temporary one."""
-    asked = os.environ.get("VECSIM_CACHE_DIR")
-    if asked:
-        roots = [Path(asked)]
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        roots = [
-            home / "vecsim",
-            Path(tempfile.gettempdir()) / f"vecsim-{os.environ.get('USER', 'user')}",
-        ]
-    for root in roots:
-        folder = root / source_hash()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
+    """Where compiled kernels are kept: under VECSIM_CACHE_DIR, else in the user's cache, else for this process only.
+
+    Folders of other sources go after a month.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("VECSIM_CACHE_DIR") or home / "vecsim")
+    folder = root / source_hash()
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            for other in root.iterdir():
+                if time.time() - other.stat().st_mtime > 30 * 86400:
+                    shutil.rmtree(other, ignore_errors=True)
+        with tempfile.TemporaryFile(dir=folder):
             return folder
-    return Path(tempfile.mkdtemp(prefix="vecsim-"))
+    except OSError:
+        own = tempfile.mkdtemp(prefix="vecsim-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return Path(own)
 
 
 CACHE_FOLDER = cache_folder()

@@ -7,16 +7,12 @@ from vecsim.load import CLOSED
 
 
 @inner
-def lowest_set(words):
-    """Place of the lowest set bit of a bitmap; one is set."""
-    w = 0
-    while words[w] == np.uint64(0):
-        w += 1
+def lowest_bit(word):
+    """Place of the lowest set bit of a word that has one."""
     bit = 0
-    word = words[w]
     while (word >> np.uint64(bit)) & np.uint64(1) == np.uint64(0):
         bit += 1
-    return w, bit
+    return bit
 
 
 @inner
@@ -24,24 +20,28 @@ def assign_slots(started_step, end_step, steps, max_batch_size, slot):
     """The slot of each started request: the lowest one that is free when it starts.
 
     At a boundary slots are freed before they are taken. `next_ending` links the requests that end at the
-    same boundary.
+    same boundary. Free slots are a bitmap, with no free one in the words before `lowest`.
     """
     free = np.zeros((max_batch_size + 63) // 64, np.uint64)
     for i in range(max_batch_size):
         free[i // 64] |= np.uint64(1) << np.uint64(i % 64)
     ending = np.full(steps + 1, -1, np.int64)
     next_ending = np.full(started_step.size, -1, np.int64)
-    released = 0
+    released = lowest = 0
     for i in range(started_step.size):
         while released <= started_step[i]:
             other = ending[released]
             while other >= 0:
-                free[slot[other] // 64] |= np.uint64(1) << np.uint64(slot[other] % 64)
+                word = slot[other] // 64
+                free[word] |= np.uint64(1) << np.uint64(slot[other] % 64)
+                lowest = min(lowest, word)
                 other = next_ending[other]
             released += 1
-        w, bit = lowest_set(free)
-        free[w] ^= np.uint64(1) << np.uint64(bit)
-        slot[i] = 64 * w + bit
+        while free[lowest] == np.uint64(0):
+            lowest += 1
+        bit = lowest_bit(free[lowest])
+        free[lowest] ^= np.uint64(1) << np.uint64(bit)
+        slot[i] = 64 * lowest + bit
         if end_step[i] <= steps:
             next_ending[i] = ending[end_step[i]]
             ending[end_step[i]] = i

@@ -126,7 +126,7 @@ def run_scenarios(
         chunks = scenarios.total_prefill_chunks[row]
         stream = scenarios.length_stream[row]
         start = lengths.start[stream]
-        drawn = lengths.size[stream]
+        drawn = min(lengths.size[stream], scratch.started_step.size)
         if closed:
             target = scenarios.requests[row]
         else:

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -72,7 +73,7 @@ def sweep(
         raise ValueError(f"engine must be an Engine, got {engine!r}")
     if keep not in (None, "requests"):
         raise ValueError(f'keep must be "requests" or left out, got {keep!r}')
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
         raise ValueError(f"threads must be a whole number >= 1, got {threads!r}")
     planned = plan(engine, axes)
     table = lower(planned, time_limit)

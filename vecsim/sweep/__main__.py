@@ -1,6 +1,8 @@
 """`python -m vecsim.sweep`: sweeps from the command line."""
 
 import argparse
+import inspect
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from vecsim.sweep.files import (
     write_dataset,
     write_whole,
 )
-from vecsim.sweep.spec import Spec, parse_values, read_spec, ready_made
+from vecsim.sweep.spec import parse_values, read_spec, ready_made
 
 DEFAULT = "batching"
 
@@ -23,13 +25,14 @@ DEFAULT = "batching"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = parser().parse_args(arguments)
+    written: list[str] = []
     try:
-        return run(options)
-    except ValueError as error:
+        return run(options, written)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
+        print(f"\ninterrupted: {' and '.join(written) or 'nothing'} was written", file=sys.stderr)
         return 130
 
 
@@ -74,10 +77,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def run(options: argparse.Namespace) -> int:
-    """Check everything that can be checked, compute, then write and print."""
+def run(options: argparse.Namespace, written: list[str]) -> int:
+    """Check everything that can be checked, compute, then write and print; notes the files in `written`."""
     spec = read_spec(options.spec)
-    axes = {**spec.keywords(), **read_changes(options.changes, spec)}
+    changes = read_changes(options.changes)
+    changed = {name.rpartition(".")[2] for name in changes}
+    kept = {name: values for name, values in spec.keywords().items() if name.rpartition(".")[2] not in changed}
+    axes = {**kept, **changes}
+    for name in sorted(set(axes) & set(inspect.signature(sweep).parameters)):
+        raise ValueError(f"{name} is no field of the engine: it can't be an axis")
+    if options.at_load is not None and not math.isfinite(options.at_load):
+        raise ValueError(f"--at-load must be a finite number, got {options.at_load}")
     output, picture = options.output, options.plot
     if output is None and picture is None:
         # The default sweep is `sweep`, so that the first files a user sees are sweep.nc and sweep.png.
@@ -100,7 +110,6 @@ def run(options: argparse.Namespace) -> int:
         from vecsim.sweep.report import table
 
         print(table(dataset, options.at_load))
-    written = []
     if output is not None:
         write_dataset(dataset, output)
         written.append(str(output))
@@ -118,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_changes(changes: Sequence[str], spec: Spec) -> dict[str, Any]:
+def read_changes(changes: Sequence[str]) -> dict[str, Any]:
     """Axes from `--set`.
 
     Raises

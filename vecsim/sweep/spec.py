@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, from_plain
+from vecsim.declaration import Declaration, from_plain, suggestion, tagged
 from vecsim.engine import Engine
 
 # So many values in one range are a slip, not a sweep.
@@ -52,7 +52,12 @@ class Spec(Declaration, frozen=True, kw_only=True):
         keywords = {name: _values(values, f"axes.{name}") for name, values in self.axes.items()}
         for dim, axes in self.zip.items():
             for name, values in axes.items():
-                read = _values(values, f"zip.{dim}.{name}")
+                where = f"zip.{dim}.{name}"
+                read = _values(values, where)
+                if isinstance(read, Declaration) or not hasattr(read, "__len__"):
+                    raise ValueError(f"{where}: axes that vary together are lists, got {read!r}")
+                if name in keywords:
+                    raise ValueError(f"{where}: {name} is an axis already")
                 array = np.empty(len(read), object)
                 array[:] = list(read)
                 keywords[name] = xr.DataArray(array, dims=dim)
@@ -80,8 +85,12 @@ def read_spec(name: str) -> Spec:
     else:
         path = Path(name)
         if not path.is_file():
-            raise ValueError(f"no spec {name!r}: neither a file nor one of {', '.join(ready_made())}")
-        text = path.read_text()
+            hint = suggestion(name, ready_made())
+            raise ValueError(f"no spec {name!r}: neither a file nor one of {', '.join(ready_made())}{hint}")
+        try:
+            text = path.read_text()
+        except (UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"{name} can't be read as text: {error}") from None
     try:
         return from_plain(tomllib.loads(text), Spec)
     except ValueError as error:
@@ -109,12 +118,16 @@ def parse_values(text: str) -> Any:
     if match := re.fullmatch(r"([+-]?\d+)\.\.([+-]?\d+)", text):
         begin, end = int(match[1]), int(match[2])
         if not 0 <= end - begin < MOST_VALUES:
-            raise ValueError(f"whole numbers are FIRST..LAST with FIRST <= LAST, got {text!r}")
+            raise ValueError(
+                f"whole numbers are FIRST..LAST with FIRST <= LAST, at most {MOST_VALUES:,} of them, got {text!r}"
+            )
         return range(begin, end + 1)
     parts = re.split(r",(?![^()]*\))", text)
     if len(parts) == 1:
         return parse_value(text)
-    return [parse_value(part) for part in parts if part.strip()]
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"a list has a value on either side of each comma, got {text!r}")
+    return [parse_value(part) for part in parts]
 
 
 def parse_value(text: str) -> Any:
@@ -145,15 +158,14 @@ def parse_value(text: str) -> Any:
     return from_plain({"type": match[1], **fields}, _declaration(match[1]))
 
 
-def _declaration(name: str) -> Any:
+def _declaration(name: str | None) -> Any:
     """The declaration class of a name."""
-
-    def below(kind: type[Declaration]) -> list[type[Declaration]]:
-        return [other for sub in kind.__subclasses__() for other in (sub, *below(sub))]
-
-    found = {kind.__name__: kind for kind in below(Declaration) if kind.__struct_config__.tag is not None}
+    if name is None:
+        raise ValueError('a table of a declaration needs its name: type = "..."')
+    found = tagged()
     if name not in found:
-        raise ValueError(f"can't read the value {name!r}: it is neither a number nor one of {', '.join(sorted(found))}")
+        hint = suggestion(name, found) or f"; declarations are {', '.join(sorted(found))}"
+        raise ValueError(f"can't read the value {name!r}: it is neither a number nor a declaration{hint}")
     return found[name]
 
 
@@ -173,7 +185,7 @@ def _values(values: Any, where: str) -> Any:
         if isinstance(values, str):
             return parse_values(values)
         if isinstance(values, dict):
-            return from_plain(values, _declaration(str(values.get("type"))))
+            return from_plain(values, _declaration(values.get("type")))
         if isinstance(values, list):
             return [_values(value, "") for value in values]
     except ValueError as error:
