@@ -51,5 +51,5 @@ def check_quantiles(quantiles: Sequence[float] | None) -> tuple[float, ...]:
         if not 0 <= q <= 1:
             raise ValueError(f"quantiles must be in [0, 1], got {q:g}")
     if len(set(stat_labels(values))) < len(values) + 2:
-        raise ValueError(f"quantiles must differ from one another, got {quantiles!r}")
+        raise ValueError(f"quantiles must differ from one another in their first ten digits, got {quantiles!r}")
     return values
