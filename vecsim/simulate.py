@@ -39,8 +39,18 @@ class Results(NamedTuple):
         )
         return cls(np.empty((scenarios, metrics)), np.empty(scenarios, np.int64), record)
 
+    def room(self, rows: Array) -> "Results":
+        """Room for the results of some rows: these very arrays where the rows follow one another."""
+        first, size = int(rows[0]), rows.size
+        if np.array_equal(rows, np.arange(first, first + size)):
+            part = slice(first, first + size)
+            return Results(self.metrics[part], self.enqueued[part], Record(*(array[part] for array in self.record)))
+        return Results.empty(size, self.metrics.shape[1], self.record.slot.shape[1])
+
     def put(self, rows: Array, part: "Results", done: Array) -> None:
-        """Take over what is done of the results of some rows."""
+        """Take over what is done of the results of some rows, if it isn't there already."""
+        if np.may_share_memory(part.metrics, self.metrics):
+            return
         for whole, new in zip((*self[:-1], *self.record), (*part[:-1], *part.record), strict=True):
             whole[rows[done]] = new[done]
 
@@ -123,7 +133,7 @@ def _run(table: Table, measured: Measured, results: Results, workers: Workers, p
         check_memory(table, 0, workers.threads, more)
         again = []
         for block in blocks(table, rows, more):
-            part = Results.empty(block.rows.size, measured.width, results.record.slot.shape[1])
+            part = results.room(block.rows)
             status, _, _ = _run_block(table, block, measured, part, workers, progress)
             done = status == DONE
             results.put(block.rows, part, done)
