@@ -16,12 +16,13 @@ from vecsim.kernel.state import EXPONENTIAL_DRAWS, GAMMA_DRAWS, NORMAL_DRAWS, UN
 from vecsim.lengths import EMPIRICAL, UNIFORM, output_tokens
 from vecsim.load import EVENLY, arrival_time
 
-fill = streams.fill
+standard, gaps = streams.standard, streams.gaps
 
 
 @numba.njit
 def draw(kind, shape, seed, out):
-    fill(kind, shape, seed, out)
+    standard(kind, seed, out)
+    gaps(kind, shape, seed, out)
 
 
 select_quantiles = kernel_quantiles.quantiles

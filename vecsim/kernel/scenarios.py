@@ -31,7 +31,7 @@ def draw_lengths(first, last, parameters, tables, lengths, stop):
             return
         out = lengths.values[lengths.start[row] : lengths.start[row] + lengths.size[row]]
         units = np.zeros(out.size)
-        streams.fill(parameters.draws[row], 1.0, parameters.seed[row], units)
+        streams.standard(parameters.draws[row], parameters.seed[row], units)
         begin = parameters.table_start[row]
         table = tables[begin : begin + parameters.table_size[row]]
         code, a, b = parameters.code[row], parameters.a[row], parameters.b[row]
@@ -50,7 +50,7 @@ def draw_arrivals(first, last, parameters, arrivals, stop):
         if stop[0]:
             return
         out = arrivals.values[arrivals.start[row] : arrivals.start[row] + arrivals.size[row]]
-        streams.fill(parameters.draws[row], parameters.shape[row], parameters.seed[row], out)
+        streams.gaps(parameters.draws[row], parameters.shape[row], parameters.seed[row], out)
         t = 0.0
         for i in range(out.size):
             t += out[i]

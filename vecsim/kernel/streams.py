@@ -97,13 +97,18 @@ def uniforms(seed, out):
 
 
 @inner
-def fill(draws, shape, seed, out):
-    """One stream: independent numbers of one kind (the gamma's and the exponential's mean is 1)."""
+def standard(draws, seed, out):
+    """Independent standard normals or uniforms; left alone for `NO_DRAWS`."""
     if draws == NORMAL_DRAWS:
         normals(seed, out)
     elif draws == UNIFORM_DRAWS:
         uniforms(seed, out)
-    elif draws == EXPONENTIAL_DRAWS:
+
+
+@inner
+def gaps(draws, shape, seed, out):
+    """Independent gaps of mean 1, exponential or gamma; left alone for `NO_DRAWS`."""
+    if draws == EXPONENTIAL_DRAWS:
         uniforms(seed, out)
         for i in range(out.size):
             out[i] = -np.log1p(-out[i])
