@@ -26,7 +26,7 @@ class Axis(NamedTuple):
 
     @property
     def is_component(self) -> bool:
-        return any(isinstance(value, Declaration) for value in self.values.flat)
+        return _is_component(self.values)
 
     def labels(self) -> Array:
         """The values as plain data: numbers, or short texts for declarations."""

@@ -50,14 +50,14 @@ def sweep(dataset: "xr.Dataset") -> "Figure":
     axes = figure.subplots(1, 2)
     tail = str(dataset.stat.values[-2])
     for axis, array in zip(axes, (drawn.token_throughput, drawn.ttft.sel(stat=tail)), strict=True):
-        for index in np.ndindex(tuple(drawn.sizes[dim] for dim in shown)):
+        for number, index in enumerate(np.ndindex(tuple(drawn.sizes[dim] for dim in shown))):
             style: dict[str, Any] = {"color": COLOURS[index[0]] if index else COLOURS[0]}
             style["linestyle"] = DASHES[index[1]] if len(index) > 1 else "-"
             place = dict(zip(shown, index, strict=True))
             if along is not None:
                 _line(axis, drawn[x].values, array.isel(place), along, style)
             else:
-                _point(axis, list(np.ndindex(tuple(drawn.sizes[dim] for dim in shown))).index(index), array, place)
+                _point(axis, number, array, place)
         if x is not None:
             axis.set_xlabel(_label(dataset[x]))
         else:
