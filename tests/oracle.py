@@ -1,7 +1,10 @@
 """A literal, slow reading of the tick model's rules: an object a request, each touched at every step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Result:
 
 def simulate(
     *,
-    batcher: str,
+    batcher: str | Callable[[Any], int],
     load: str,
     load_value: float,
     max_batch_size: int,
@@ -41,11 +44,12 @@ def simulate(
     lengths,
     time_limit: float,
     arrivals=None,
+    parameter: float = 0.0,
 ) -> Result:
     """Run the rules of the tick model.
 
-    `lengths` is an iterator of output lengths, in queue order. `load` is "batch", "concurrent", "rate", or "due"
-    (explicit instants in `arrivals`).
+    `batcher` is a built-in one's name, or a rule of a user's own in plain Python. `lengths` is an iterator of output
+    lengths, in queue order. `load` is "batch", "concurrent", "rate", or "due" (explicit instants in `arrivals`).
     """
     result = Result()
     slots: list[Request | None] = [None] * max_batch_size
@@ -87,9 +91,28 @@ def simulate(
             result.requests.append(request)
         made += len(due)
 
+        most = max_batch_size
+        if callable(batcher) and queue:
+            prefilling = sum(request is not None and request.chunks_left > 0 for request in slots)
+            running = sum(request is not None for request in slots)
+            batch = SimpleNamespace(
+                running=running,
+                prefilling=prefilling,
+                decoding=running - prefilling,
+                free=max_batch_size - running,
+                queued=len(queue),
+                time=t,
+                waited=t - queue[0].enqueued_at,
+                prefill_time=prefill_time,
+                itl=itl,
+                total_prefill_chunks=total_prefill_chunks,
+                parameter=parameter,
+            )
+            most = int(batcher(batch))
         for place in range(max_batch_size):
-            if slots[place] is not None or not queue:
+            if slots[place] is not None or not queue or most == 0:
                 continue
+            most -= 1
             others = [request for request in slots if request is not None]
             if batcher == "static" and any(request.started_at != t for request in others):
                 break

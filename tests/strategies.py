@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import policies
 from hypothesis import strategies as st
 
 import vecsim as sim
@@ -46,7 +47,9 @@ loads = st.one_of(
         **common,
     ),
 )
-batchers = st.sampled_from([sim.StaticBatcher(), sim.IFBatcher(), sim.IFBatcherWithOnePrefillOnly()])
+built_in_batchers = st.sampled_from([sim.StaticBatcher(), sim.IFBatcher(), sim.IFBatcherWithOnePrefillOnly()])
+custom_batchers = st.builds(sim.CustomBatcher, rule=st.just(policies.every_field), parameter=st.floats(-1, 20))
+batchers = st.one_of(built_in_batchers, custom_batchers)
 engines = st.builds(sim.Engine, max_batch_size=st.integers(1, 33), load_generator=loads, batcher=batchers)
 time_limits = st.one_of(st.integers(1, 150), st.floats(0.5, 150))
 

@@ -172,6 +172,7 @@ def test_a_spec_of_ones_own_has_lists_notation_and_zipped_axes(tmp_path):
         (["--set", "seed=1,,2"], "a list has a value on either side of each comma, got '1,,2'"),
         (["--set", "batcher=IFBatche"], "did you mean IFBatcher"),
         (["--set", "seed=1" + 400 * "0"], "seed must be >= 0 and <= 4294967295, got 1000"),
+        (["--set", "batcher=policies:nosuch"], "module 'policies' has no attribute 'nosuch'"),
         (["--at-load", "nan"], "--at-load must be a finite number, got nan"),
         (["zipped.toml"], "zip.size.seed: axes that vary together are lists, got 3"),
         (["twice.toml"], "zip.size.seed: seed is an axis already"),
@@ -221,6 +222,22 @@ def test_any_sweep_ends_with_a_table_and_a_picture(tmp_path, arguments):
     done = cli(tmp_path, "--time-limit", "300", "--set", "seed=0..2", *arguments)
     assert done.returncode == 0, done.stderr
     assert "saved sweep.nc and sweep.png" in done.stdout
+
+
+def test_a_rule_of_ones_own_is_named_by_its_module(tmp_path):
+    rules = "batcher=IFBatcher,policies:in_flight,CustomBatcher(rule=policies:every_field, parameter=3)"
+    done = cli(tmp_path, "--time-limit", "300", "-o", "a.nc", "--set", rules)
+    assert done.returncode == 0, done.stderr
+    with xr.open_dataset(tmp_path / "a.nc") as ds:
+        assert ds.batcher.values.tolist() == ["IFBatcher", "in_flight", "every_field"]
+        np.testing.assert_array_equal(ds.completed.isel(batcher=0), ds.completed.isel(batcher=1))
+
+
+def test_a_rule_that_fails_as_it_runs_is_one_sentence_too(tmp_path):
+    done = cli(tmp_path, "--quiet", "--set", "batcher=policies:negative_later")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: rule negative_later must return 0 to 4 requests (batch.free), got -1 at ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_reads_the_nearest_load(tmp_path):

@@ -34,7 +34,8 @@ def literal(engine: sim.Engine, time_limit: float) -> oracle.Result:
     if arrivals is not None:
         n = max(n, len(arrivals))
     return oracle.simulate(
-        batcher=NAMES[type(engine.batcher)],
+        batcher=NAMES.get(type(engine.batcher)) or engine.batcher.rule.py_func,
+        parameter=getattr(engine.batcher, "parameter", 0.0),
         load=kind,
         load_value=value,
         arrivals=arrivals,

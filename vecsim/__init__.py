@@ -1,7 +1,7 @@
 """vecsim: a vectorised simulator of LLM inference serving."""
 
 from vecsim import plot
-from vecsim.batching import Batcher, IFBatcher, IFBatcherWithOnePrefillOnly, StaticBatcher
+from vecsim.batching import Batcher, CustomBatcher, IFBatcher, IFBatcherWithOnePrefillOnly, StaticBatcher
 from vecsim.engine import Engine
 from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform
 from vecsim.load import (
@@ -23,6 +23,7 @@ __all__ = [
     "Batcher",
     "ConcurrentLoadGenerator",
     "Constant",
+    "CustomBatcher",
     "Distribution",
     "Empirical",
     "Engine",

@@ -34,7 +34,7 @@ class Axis(NamedTuple):
             return self.values
         values = list(self.values.flat)
         texts = [value.label() if isinstance(value, Declaration) else str(value) for value in values]
-        names = [type(v).__name__ if isinstance(v, Declaration) else t for v, t in zip(values, texts, strict=True)]
+        names = [v.name if isinstance(v, Declaration) else t for v, t in zip(values, texts, strict=True)]
         if len(set(names)) == len(set(texts)):
             texts = names
         for i, text in enumerate(texts):
@@ -257,7 +257,7 @@ def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
 
 
 def _is_component(values: Array) -> bool:
-    return values.dtype == object and any(isinstance(value, Declaration) for value in values.flat)
+    return values.dtype == object and any(isinstance(value, Declaration) or callable(value) for value in values.flat)
 
 
 def _checked(path: str, values: Array, specimens: Any) -> Array:

@@ -19,12 +19,14 @@ LONGEST_TIME = 1e12
 class Range(msgspec.Struct, frozen=True):
     """The finite values a numeric field may take."""
 
-    low: float
+    low: float = -math.inf
     high: float = math.inf
     low_allowed: bool = True
 
     def refusal(self, value: float) -> str | None:
         """What is allowed, in words, if the value isn't."""
+        if self.low == -math.inf and not math.isfinite(value):
+            return "finite"
         low = f"{'>=' if self.low_allowed else '>'} {self.low:g}"
         if not (value >= self.low if self.low_allowed else value > self.low):  # NaN included
             return low
@@ -101,15 +103,25 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueError(f"not valid JSON: {error}") from None
         return from_plain(data, cls)
 
+    @classmethod
+    def standing_for(cls, value: Any) -> Self | None:
+        """The declaration that a value of another type stands for; None if it stands for none."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """Shortest text for coordinates and legends."""
+        return type(self).__name__
+
     def label(self) -> str:
         """Short text for coordinates and legends: the name, and the fields that are not at their default."""
         fields = []
         for field in msgspec.structs.fields(self):
             value = getattr(self, field.name)
-            if value != field.default:
+            if value != field.default and not callable(value):
                 text = value.label() if isinstance(value, Declaration) else f"{value!r}"
                 fields.append(f"{field.name}={text}")
-        return f"{type(self).__name__}({', '.join(fields)})" if fields else type(self).__name__
+        return f"{self.name}({', '.join(fields)})" if fields else self.name
 
 
 def to_plain(declaration: Declaration) -> dict[str, Any]:
@@ -120,7 +132,10 @@ def to_plain(declaration: Declaration) -> dict[str, Any]:
             return {key: clean(item) for key, item in value.items() if item is not None}
         return value
 
-    return clean(msgspec.to_builtins(declaration))
+    def encode(function: Any) -> str:
+        return f"{function.__module__}:{function.__qualname__}"
+
+    return clean(msgspec.to_builtins(declaration, enc_hook=encode))
 
 
 def from_plain(data: Any, kind: Any) -> Any:
@@ -177,6 +192,9 @@ def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) 
     structs = tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Declaration))
     if structs and isinstance(value, structs):
         return value
+    for kind in structs:
+        if (made := kind.standing_for(value)) is not None:
+            return made
     if float in kinds or int in kinds:
         plain = _plain_number(value, whole=float not in kinds)
         refusal = "" if plain is None else allowed and allowed.refusal(plain)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vecsim.axes import Plan, replace_all
-from vecsim.batching import BATCHERS, IFBatcherWithOnePrefillOnly
+from vecsim.batching import BATCHERS, CustomBatcher, IFBatcherWithOnePrefillOnly
 from vecsim.engine import Engine
 from vecsim.kernel.state import (
     EXPONENTIAL_DRAWS,
@@ -24,6 +24,7 @@ from vecsim.load import AT_ONCE, CLOSED, RENEWAL
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
 COLUMNS = {
     "max_batch_size": "max_batch_size",
+    "batcher.parameter": "parameter",
     "load_generator.prefill_time": "prefill_time",
     "load_generator.itl": "itl",
     "load_generator.total_prefill_chunks": "total_prefill_chunks",
@@ -52,6 +53,7 @@ class Table(NamedTuple):
     lengths: LengthParameters  # of every length stream
     arrivals: ArrivalParameters  # of every arrival stream
     tables: Array  # values of empirical distributions, one after the other
+    rules: tuple[Any, ...]  # of batchers of the user's own
     time_limit: float
 
     @property
@@ -83,13 +85,14 @@ def lower(plan: Plan, time_limit: float) -> Table:
     inner = [axis for axis in plan.axes if axis.path not in COLUMNS]
     over = tuple(dim for dim in dims if any(dim in axis.dims for axis in inner))
     tables: dict[tuple[int, ...], int] = {}
+    rules: dict[Any, int] = {}
     rows = []
     for index in np.ndindex(tuple(plan.sizes[dim] for dim in over)):
         place = dict(zip(over, index, strict=True))
         engine = replace_all(
             plan.engine, {axis.path: axis.values[tuple(place[dim] for dim in axis.dims)] for axis in inner}
         )
-        rows.append(parameters(engine, tables))
+        rows.append(parameters(engine, tables, rules))
     columns = {
         name: spread(
             np.array([row[name] for row in rows], np.int64 if name in INTEGERS else np.float64).reshape(
@@ -124,17 +127,33 @@ def lower(plan: Plan, time_limit: float) -> Table:
             "seed": np.where(renewal, _other_seed(columns["seed"]), 0),
         }
     )
-    return Table(shape, columns, LengthParameters(**lengths), ArrivalParameters(**arrivals), flat_tables, time_limit)
+    return Table(
+        shape=shape,
+        columns=columns,
+        lengths=LengthParameters(**lengths),
+        arrivals=ArrivalParameters(**arrivals),
+        tables=flat_tables,
+        rules=tuple(rules),
+        time_limit=time_limit,
+    )
 
 
-def parameters(engine: Engine, tables: dict[tuple[int, ...], int]) -> dict[str, Any]:
-    """One row of the table; empirical lengths are appended to `tables` (values -> place of the first)."""
-    load = engine.load_generator
+def parameters(engine: Engine, tables: dict[tuple[int, ...], int], rules: dict[Any, int]) -> dict[str, Any]:
+    """One row of the table.
+
+    Empirical lengths are appended to `tables` (values -> place of the first), the user's own rules to `rules`.
+    """
+    load, batcher = engine.load_generator, engine.batcher
+    if isinstance(batcher, CustomBatcher):
+        number, parameter = len(BATCHERS) + rules.setdefault(batcher.rule, len(rules)), batcher.parameter
+    else:
+        number, parameter = BATCHERS.index(type(batcher)), 0.0
     code, a, b, table = load.output_length.parameters()
     if table not in tables:
         tables[table] = sum(len(other) for other in tables)
     return {
-        "batcher": BATCHERS.index(type(engine.batcher)),
+        "batcher": number,
+        "parameter": parameter,
         "max_batch_size": engine.max_batch_size,
         "prefill_time": load.prefill_time,
         "itl": load.itl,
@@ -239,6 +258,11 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
         end = int(np.searchsorted(cost, spent + BLOCK_BYTES, side="right"))
         end = min(max(end, begin + 1), begin + BLOCK_SCENARIOS, order.size)
         part = order[begin:end]
+        if table.rules:  # scenarios of one rule in a row, for they run together
+            inside = begin + np.argsort(own_rule(table.at("batcher", rows[part])), kind="stable")
+            part = order[inside]
+            length_stream[begin:end] = length_stream[inside]
+            arrival_stream[begin:end] = arrival_stream[inside]
         used_lengths, length_number = np.unique(length_stream[begin:end], return_inverse=True)
         used_arrivals, arrival_number = np.unique(arrival_stream[begin:end], return_inverse=True)
         columns = {name: table.at(name, rows[part]) for name in Scenarios._fields[:-2]}
@@ -253,6 +277,11 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
             int(needed[part].max()),
         )
         begin = end
+
+
+def own_rule(batcher: Array) -> Array:
+    """From the batchers' codes: the places of their rules in the table's own ones, -1 for built-in batchers."""
+    return np.maximum(batcher - len(BATCHERS), -1)
 
 
 def _largest(stream: Array, needed: Array, streams: int) -> Array:

@@ -1,5 +1,6 @@
 """Run a table of scenarios: draw the streams of a block, run its scenarios on threads, next block."""
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vecsim import memory
-from vecsim.kernel.state import DONE, INTERRUPTED, Array, Outcome, Record, Scratch, Streams
-from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed
+from vecsim.kernel.state import DONE, INTERRUPTED, REFUSED, Array, Job, Outcome, Record, Scratch, Streams
+from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, own_rule, requests_needed
 from vecsim.threads import Workers, available_threads
 from vecsim.variables import DISTRIBUTIONS, SCALARS
 
@@ -88,7 +89,8 @@ def simulate(
     Raises
     ------
     ValueError
-        When results and working arrays would not fit in memory: says how much they take and what to do.
+        When results and working arrays would not fit in memory: says how much they take and what to do. When the
+        rule of a user's own batcher fails.
     """
     threads = min(threads or available_threads(), table.size)
     check_memory(table, 8 * (measured.width + 2) * table.size, threads)
@@ -110,7 +112,7 @@ def simulate_one(table: Table, measured: Measured) -> Single:
     Raises
     ------
     ValueError
-        When its arrays would not fit in memory.
+        When its arrays would not fit in memory, or the rule of a user's own batcher fails.
     """
     more = 1.0
     with Workers(1) as workers:
@@ -157,6 +159,8 @@ def _run_block(
     """
     from vecsim.kernel.scenarios import draw_arrivals, draw_lengths, run_scenarios
 
+    rules = own_rule(block.scenarios.batcher)
+
     lengths = _new_streams(block.length_sizes, np.int32)
     arrivals = _new_streams(block.arrival_sizes, np.float64)
     size = block.rows.size
@@ -175,10 +179,8 @@ def _run_block(
     def draw_some_arrivals(first: int, last: int) -> None:
         draw_arrivals(first, last, block.arrivals, arrivals, workers.stop)
 
-    def run_some(first: int, last: int) -> Outcome:
-        return run_scenarios(
-            first,
-            last,
+    def job() -> Job:
+        return Job(
             block.scenarios,
             arrivals,
             lengths,
@@ -191,6 +193,12 @@ def _run_block(
             workers.stop,
         )
 
+    def run_some(first: int, last: int) -> Outcome:
+        cuts = first + 1 + np.flatnonzero(np.diff(rules[first:last]))
+        for begin, end in itertools.pairwise((first, *cuts.tolist(), last)):
+            outcome = kernels[rules[begin]](begin, end, job())
+        return outcome
+
     def run_and_record(first: int, last: int) -> None:
         from vecsim.kernel.record import write_record
 
@@ -202,9 +210,36 @@ def _run_block(
     workers.share(draw_some_lengths, lengths.size.size, lengths.values.size)
     if arrivals.values.size:
         workers.share(draw_some_arrivals, arrivals.size.size, arrivals.values.size)
+    own_kernels = [_own_kernel(rule, job()) for rule in table.rules]
+    kernels = [*own_kernels, run_scenarios]  # -1 is the last
     run = run_and_record if results.record.slot.shape[1] > 0 else run_some
     workers.share(run, size, size * (table.time_limit + block.most_requests), progress)
     return status, latest["outcome"], latest["scratch"]
+
+
+def _own_kernel(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome]:
+    """What runs scenarios of a rule of the user's own; a ValueError when it raises or returns what can't be."""
+    from vecsim.kernel.custom import make_run_scenarios
+
+    run_scenarios = make_run_scenarios(rule, job)
+    name = rule.py_func.__name__
+
+    def run(first: int, last: int, job: Job) -> Outcome:
+        try:
+            outcome = run_scenarios(first, last, job)
+        except Exception as error:
+            raise ValueError(f"rule {name} raised {type(error).__name__}: {error}") from error
+        if outcome.status == REFUSED:
+            row = first + int(np.argmax(job.status[first:last] == REFUSED))
+            free = int(job.scenarios.max_batch_size[row]) - outcome.running
+            queued = outcome.enqueued - outcome.started
+            raise ValueError(
+                f"rule {name} must return 0 to {free} requests (batch.free), got {outcome.admitted} at "
+                f"{outcome.end_time:g} ticks with {outcome.running} running, {queued} queued"
+            )
+        return outcome
+
+    return run
 
 
 def _new_streams(sizes: Array, dtype: Any) -> Streams:

@@ -12,7 +12,7 @@ from vecsim import load as arrival_rules
 from vecsim.kernel import streams
 from vecsim.kernel.calendar import ring_size
 from vecsim.kernel.jit import entry, inner
-from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, Outcome, Requests
+from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, REFUSED, Outcome, Requests
 from vecsim.kernel.tally import first_at_or_after, tally
 from vecsim.kernel.tick import simulate
 
@@ -82,109 +82,126 @@ def same_arrivals(scenarios, row, other):
     )
 
 
-@entry
-def run_scenarios(
-    first,
-    last,
-    scenarios,
-    arrivals,
-    lengths,
-    time_limit,
-    warmup,
-    quantiles,
-    scratch,
-    metrics,
-    enqueued,
-    status,
-    stop,
-):
-    """Run the scenarios [first, last): a row of metrics each.
+def make_run_rows(simulate):
+    """`run_rows` around a function that calls a step loop."""
 
-    Parameters
-    ----------
-    first, last : int
-        Rows of `scenarios` and of all results.
-    metrics : float64[scenario, metric]
-        In the order of `vecsim.variables.TICK_VARIABLES`.
-    enqueued : int64[scenario]
-        Requests that entered the queue.
-    status : int64[scenario]
-        `DONE`, or why there is no result.
-    stop : uint8[1]
-        Set by another thread to end early.
+    @inner
+    def run_rows(loop, first, last, job):
+        """Run the scenarios [first, last): a row of metrics each.
 
-    Returns
-    -------
-    Outcome
-        Of the last scenario; its boundaries and requests are still in `scratch`.
-    """
-    outcome = Outcome(DONE, 0, 0, 0, 0, 0, 0.0)
-    filled = -1  # the row that the due times in `scratch` are of
-    filled_size = due = 0
-    for row in range(first, last):
-        closed = scenarios.arrivals[row] == CLOSED
-        chunks = scenarios.total_prefill_chunks[row]
-        stream = scenarios.length_stream[row]
-        start = lengths.start[stream]
-        drawn = min(lengths.size[stream], scratch.started_step.size)
-        if closed:
-            target = scenarios.requests[row]
-        else:
-            target = 0
-            wanted = scenarios.requests[row]
-            at = scenarios.arrival_stream[row]
-            units = arrivals.values[arrivals.start[at] : arrivals.start[at] + arrivals.size[at]]
-            available = min(drawn, units.size) if scenarios.arrivals[row] == RENEWAL else drawn
-            room = scratch.arrived_at[: min(wanted, available) + 1]
-            if filled < 0 or room.size != filled_size or not same_arrivals(scenarios, filled, row):
-                due = fill_arrivals(scenarios.arrivals[row], scenarios.request_rate[row], units, time_limit, room)
-                filled = row
-                filled_size = room.size
-            if due == available < wanted:
-                status[row] = OUT_OF_REQUESTS
+        Parameters
+        ----------
+        loop : function
+            The step loop, for `simulate`.
+        first, last : int
+            Rows of the scenarios and of all results.
+        job : Job
+
+        Returns
+        -------
+        Outcome
+            Of the last scenario; its boundaries and requests are still in `scratch`.
+        """
+        scenarios, arrivals, lengths, time_limit, warmup, quantiles, scratch, metrics, enqueued, status, stop = job
+        outcome = Outcome(DONE, 0, 0, 0, 0, 0, 0, 0, 0.0)
+        filled = -1  # the row that the due times in `scratch` are of
+        filled_size = due = 0
+        for row in range(first, last):
+            closed = scenarios.arrivals[row] == CLOSED
+            chunks = scenarios.total_prefill_chunks[row]
+            stream = scenarios.length_stream[row]
+            start = lengths.start[stream]
+            drawn = min(lengths.size[stream], scratch.started_step.size)
+            if closed:
+                target = scenarios.requests[row]
+            else:
+                target = 0
+                wanted = scenarios.requests[row]
+                at = scenarios.arrival_stream[row]
+                units = arrivals.values[arrivals.start[at] : arrivals.start[at] + arrivals.size[at]]
+                available = min(drawn, units.size) if scenarios.arrivals[row] == RENEWAL else drawn
+                room = scratch.arrived_at[: min(wanted, available) + 1]
+                if filled < 0 or room.size != filled_size or not same_arrivals(scenarios, filled, row):
+                    due = fill_arrivals(scenarios.arrivals[row], scenarios.request_rate[row], units, time_limit, room)
+                    filled = row
+                    filled_size = room.size
+                if due == available < wanted:
+                    status[row] = OUT_OF_REQUESTS
+                    continue
+                drawn = due
+            requests = Requests(
+                scratch.arrived_at,
+                lengths.values[start : start + drawn],
+                scratch.enqueued_step,
+                scratch.started_step,
+            )
+            # Nothing further away than the last possible step needs a place in the ring.
+            farthest = min(chunks + lengths.longest[stream], scratch.time.size)
+            calendar = scratch.calendar[: ring_size(farthest)]
+            outcome = simulate(
+                loop,
+                scenarios.batcher[row],
+                scenarios.parameter[row],
+                scenarios.max_batch_size[row],
+                scenarios.prefill_time[row],
+                scenarios.itl[row],
+                chunks,
+                target,
+                time_limit,
+                warmup,
+                requests,
+                scratch.time,
+                calendar,
+                scratch.prefill_sum,
+                scratch.itl_samples,
+                stop,
+            )
+            status[row] = outcome.status
+            if outcome.status in (INTERRUPTED, REFUSED):
+                break
+            if outcome.status == OUT_OF_REQUESTS:
                 continue
-            drawn = due
-        requests = Requests(
-            scratch.arrived_at,
-            lengths.values[start : start + drawn],
-            scratch.enqueued_step,
-            scratch.started_step,
-        )
-        # Nothing further away than the last possible step needs a place in the ring.
-        farthest = min(chunks + lengths.longest[stream], scratch.time.size)
-        calendar = scratch.calendar[: ring_size(farthest)]
-        outcome = simulate(
-            scenarios.batcher[row],
-            scenarios.max_batch_size[row],
-            scenarios.prefill_time[row],
-            scenarios.itl[row],
-            chunks,
-            target,
-            time_limit,
-            warmup,
-            requests,
-            scratch.time,
-            calendar,
-            scratch.prefill_sum,
-            scratch.itl_samples,
-            stop,
-        )
-        status[row] = outcome.status
-        if outcome.status == INTERRUPTED:
-            break
-        if outcome.status == OUT_OF_REQUESTS:
-            continue
-        enqueued[row] = outcome.enqueued
-        tally(
-            scenarios.max_batch_size[row],
-            scenarios.itl[row],
-            chunks,
-            closed,
-            warmup,
-            requests,
-            scratch,
-            outcome,
-            quantiles,
-            metrics[row],
-        )
-    return outcome
+            enqueued[row] = outcome.enqueued
+            tally(
+                scenarios.max_batch_size[row],
+                scenarios.itl[row],
+                chunks,
+                closed,
+                warmup,
+                requests,
+                scratch,
+                outcome,
+                quantiles,
+                metrics[row],
+            )
+        return outcome
+
+    return run_rows
+
+
+@inner
+def by_code(loop, *arguments):
+    """Call the step loop of a built-in batcher."""
+    return simulate(*arguments)
+
+
+@inner
+def by_address(loop, *arguments):
+    """Call the step loop given: see `vecsim.kernel.custom`."""
+    return loop(*arguments)
+
+
+run_rows_by_code = make_run_rows(by_code)
+run_rows_by_address = make_run_rows(by_address)
+
+
+@entry
+def run_scenarios(first, last, job):
+    """Run the scenarios [first, last) of a `Job`, all of built-in batchers."""
+    return run_rows_by_code(None, first, last, job)
+
+
+@entry
+def run_scenarios_by_address(loop, first, last, job):
+    """Run scenarios with a step loop that is called by its address."""
+    return run_rows_by_address(loop, first, last, job)

@@ -7,26 +7,34 @@ from numpy.typing import NDArray
 # Kinds of random numbers that a stream is made of
 NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, EXPONENTIAL_DRAWS, GAMMA_DRAWS = range(5)
 
-# What became of a scenario: done, more requests are needed than were drawn, or the user interrupted
-DONE, OUT_OF_REQUESTS, INTERRUPTED = range(3)
+# What became of a scenario: done, more requests are needed than were drawn, the user interrupted, or the batcher's
+# rule returned what can't be
+DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED = range(4)
 
 Array = NDArray[Any]
 
 
 class Batch(NamedTuple):
-    """What a batcher's rule is told at a boundary (counts of requests)."""
+    """What a batcher's rule is told at a boundary."""
 
-    running: int
-    prefilling: int
-    decoding: int
-    free: int
-    queued: int
+    running: int  # requests in slots: prefilling + decoding
+    prefilling: int  # requests in prefill
+    decoding: int  # requests past their first token
+    free: int  # slots
+    queued: int  # requests in the queue
+    time: float  # ticks since the run began
+    waited: float  # ticks that the head of the queue has waited; 0 if the queue is empty
+    prefill_time: float  # ticks that the prefill of one prompt takes
+    itl: float  # ticks that the decode of one token takes
+    total_prefill_chunks: int  # steps over which a prefill is spread
+    parameter: float  # the batcher's own number
 
 
 class Scenarios(NamedTuple):
     """One array for each parameter [scenario]."""
 
-    batcher: Array  # place in `vecsim.batching.BATCHERS`
+    batcher: Array  # place in `vecsim.batching.BATCHERS`; past their end in the table's own rules
+    parameter: Array  # the batcher's own number
     max_batch_size: Array
     prefill_time: Array  # ticks
     itl: Array  # ticks
@@ -105,6 +113,22 @@ class Record(NamedTuple):
     slot: Array
 
 
+class Job(NamedTuple):
+    """What a block of scenarios is run with, and where the results go."""
+
+    scenarios: Scenarios
+    arrivals: Streams
+    lengths: Streams
+    time_limit: float
+    warmup: float
+    quantiles: Array
+    scratch: Scratch
+    metrics: Array  # [scenario, metric] in the order of `vecsim.variables.TICK_VARIABLES`
+    enqueued: Array  # [scenario] requests that entered the queue
+    status: Array  # [scenario] `DONE`, or why there is no result
+    stop: Array  # [1] set by another thread to end early
+
+
 class Outcome(NamedTuple):
     """How the step loop of one scenario ended."""
 
@@ -112,6 +136,8 @@ class Outcome(NamedTuple):
     steps: int
     enqueued: int
     started: int
+    running: int
+    admitted: int  # what the batcher's rule returned last
     most_prefilling: int
     max_queue: int
     end_time: float

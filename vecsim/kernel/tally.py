@@ -33,7 +33,8 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
     """Write the row of metrics of one scenario: the order of `vecsim.variables.TICK_VARIABLES`."""
     arrived_at, output_tokens, enqueued_step, started_step = requests
     time = scratch.time
-    _, steps, enqueued, started, most_prefilling, max_queue, end_time = outcome
+    steps, enqueued, started = outcome.steps, outcome.enqueued, outcome.started
+    most_prefilling, max_queue, end_time = outcome.most_prefilling, outcome.max_queue, outcome.end_time
     first_step = first_at_or_after(time, steps, warmup)
     # Measured requests arrive at or after the warm-up; in a closed loop they arrive when they are enqueued.
     if closed:

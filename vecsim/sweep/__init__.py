@@ -78,7 +78,9 @@ def sweep(
         raise ValueError(f"threads must be a whole number >= 1, got {threads!r}")
     planned = plan(engine, axes)
     table = lower(planned, time_limit)
-    with progress_bar(planned.scenarios, progress) as bar:
+    with progress_bar(
+        planned.scenarios, progress, "run_scenarios_by_address" if table.rules else "run_scenarios"
+    ) as bar:
         measured = Measured(warmup, np.array(wanted))
         results = simulate(table, measured, threads, keep == "requests", bar.update)
     attrs = base_attrs(planned.engine, time_limit, warmup)
@@ -89,13 +91,16 @@ def sweep(
     return dataset
 
 
-def progress_bar(total: int, shown: bool) -> Any:
-    """A bar on standard error that counts scenarios; a bar that isn't shown costs no import."""
+def progress_bar(total: int, shown: bool, kernel: str) -> Any:
+    """A bar on standard error that counts scenarios; a bar that isn't shown costs no import.
+
+    Says so before if the kernel isn't compiled.
+    """
     if not shown:
         return contextlib.nullcontext(_NoBar())
     from vecsim.kernel.jit import is_compiled
 
-    if not is_compiled("run_scenarios"):
+    if not is_compiled(kernel):
         print("compiling the kernels: this once, some 20 s", file=sys.stderr, flush=True)
     if "ipykernel" in sys.modules:
         from tqdm.auto import tqdm

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from vecsim.batching import RULE_NAME
 from vecsim.declaration import Declaration, from_plain, suggestion, tagged
 from vecsim.engine import Engine
 
@@ -102,7 +103,7 @@ def parse_values(text: str) -> Any:
 
     `0.1:0.6:6` is six evenly spaced numbers, both ends included; `0..31` are whole numbers, both ends included;
     `a,b,c` is a list; anything else is one value, which pins the field. A value is a number or a declaration, such
-    as `IFBatcher` or `LogNormal(mean=10, std=5)`.
+    as `IFBatcher` or `LogNormal(mean=10, std=5)`, or `module:name`, a batcher's rule of one's own.
 
     Raises
     ------
@@ -110,7 +111,7 @@ def parse_values(text: str) -> Any:
         When the text can't be read that way.
     """
     text = text.strip()
-    if match := re.fullmatch(r"([^:]+):([^:]+):([^:]+)", text):
+    if match := re.fullmatch(r"([^:,]+):([^:,]+):([^:,]+)", text):
         first, last, count = (_number(part) for part in match.groups())
         if not isinstance(count, int) or not 1 <= count <= MOST_VALUES or first is None or last is None:
             raise ValueError(f"a range is FIRST:LAST:COUNT with a whole COUNT >= 1, got {text!r}")
@@ -131,17 +132,19 @@ def parse_values(text: str) -> Any:
 
 
 def parse_value(text: str) -> Any:
-    """One number or declaration.
+    """One number, declaration, or name of a rule.
 
     Raises
     ------
     ValueError
-        When it is neither.
+        When it is none of them.
     """
     text = text.strip()
     number = _number(text)
     if number is not None:
         return number
+    if RULE_NAME.fullmatch(text):
+        return text
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
     if match is None:
         raise ValueError(f"can't read the value {text!r}: write a number or a declaration such as IFBatcher")
