@@ -74,20 +74,9 @@ def test_the_default_sweep_has_ten_thousand_scenarios_or_more():
 
 @pytest.mark.parametrize("name", ready_made())
 def test_every_ready_made_spec_runs(tmp_path, name):
-    done = cli(
-        tmp_path,
-        name,
-        "--set",
-        "seed=0,1",
-        "--time-limit",
-        "200",
-        "--warmup",
-        "20",
-        "-o",
-        "a.zarr",
-        "--plot",
-        "a.svg",
-    )
+    warmup = [] if read_spec(name).short else ["--warmup", "20"]
+    small = ["--set", "seed=0,1", "--time-limit", "200", *warmup]
+    done = cli(tmp_path, name, *small, "-o", "a.zarr", "--plot", "a.svg")
     assert done.returncode == 0, done.stderr
     assert "saved a.zarr and a.svg" in done.stdout
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
@@ -240,6 +229,31 @@ def test_a_rule_that_fails_as_it_runs_is_one_sentence_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_queue_growth_prints_the_published_table(tmp_path):
+    done = cli(tmp_path, "queue-growth", "--set", "seed=42..44")
+    assert done.returncode == 0, done.stderr
+    rows = [re.split(r"  +", line.strip()) for line in done.stdout.splitlines()]
+    begin = next(i for i, row in enumerate(rows) if row[0] == "RequestRateLoadGenerator(request_rate=0.46)")
+    assert rows[begin][1:5] == ["grows", "final queue", "6", "1138"]
+    assert [row[:3] for row in rows[begin + 1 : begin + 3]] == [
+        ["mean TTFT", "11.03", "1245.77"], ["mean E2E", "17.66", "1253.78"],
+    ]  # fmt: skip
+    begin = next(i for i, row in enumerate(rows) if row[0] == "ConcurrentLoadGenerator")
+    assert rows[begin][1:5] == ["stable", "final queue", "2", "2"]
+    assert [row[:3] for row in rows[begin + 1 : begin + 3]] == [
+        ["mean TTFT", "7.87", "8.61"], ["mean E2E", "15.14", "17.32"],
+    ]  # fmt: skip
+    assert "saved queue-growth.nc and queue-growth.png" in done.stdout
+
+
+def test_any_spec_can_be_asked_whether_queues_grow(tmp_path):
+    done = cli(tmp_path, *SMALL, "--short", "50")
+    assert done.returncode == 0, done.stderr
+    assert "(a queue grows if" in done.stdout
+    done = cli(tmp_path, *SMALL, "--short", "50", "--warmup", "5")
+    assert (done.returncode, done.stderr) == (2, "error: --warmup must be 0 for queue growth, got 5\n")
+
+
 def test_the_table_reads_the_nearest_load(tmp_path):
     small = ["--time-limit", "300", "-o", "a.nc", "--set", "load_generator.request_rate=0.3,0.1"]
     done = cli(tmp_path, *small, "--at-load", "1e300")
@@ -262,7 +276,10 @@ def test_an_interruption_leaves_nothing_under_the_final_name(tmp_path):
         while process.stderr.read(1) != b"%":  # the bar runs
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        try:
+            _, error = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert error.endswith(b"interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []

@@ -1,10 +1,9 @@
-"""Every picture is drawn: right axes, right labels, as many lines as there are combinations, not blank."""
+"""Every picture of a sweep is drawn: right axes, right labels, as many artists as there are combinations, not blank."""
 
-import io
-
-import matplotlib.image
 import numpy as np
+import pytest
 import xarray as xr
+from pictures import pixels
 
 import vecsim as sim
 from vecsim import plot
@@ -12,13 +11,6 @@ from vecsim.sweep.report import texts
 
 ENGINE = sim.Engine(load_generator=sim.RequestRateLoadGenerator(target_output_len_tokens=8))
 BATCHERS = [sim.StaticBatcher(), sim.IFBatcher(), sim.IFBatcherWithOnePrefillOnly()]
-
-
-def pixels(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=60)
-    buffer.seek(0)
-    return matplotlib.image.imread(buffer)
 
 
 def test_a_sweep_is_drawn_with_a_line_for_each_combination_and_a_band_over_seeds():
@@ -77,7 +69,7 @@ def test_more_values_than_colours_are_thinned_out_and_said_to_be():
         total_prefill_chunks=range(1, 9),
         request_rate=[0.1, 0.2],
     )
-    figure = plot.sweep(ds)
+    figure = plot.lines(ds)
     assert len(figure.axes[0].lines) == 49
     assert "7 of 29 values of max_batch_size; 7 of 8 values of total_prefill_chunks" in figure.get_suptitle()
     styles = {(line.get_color(), str(line.get_linestyle()), str(line._dash_pattern)) for line in figure.axes[0].lines}
@@ -86,7 +78,7 @@ def test_more_values_than_colours_are_thinned_out_and_said_to_be():
 
 def test_nothing_completed_draws_without_a_warning_and_says_so():
     figure = plot.sweep(sim.sweep(ENGINE, 3, progress=False, request_rate=[0.1, 0.2], seed=range(3)))
-    assert [text.get_text() for text in figure.axes[1].texts] == ["no request has a first token"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no value of ttft"]
     assert pixels(figure).std() > 0.01
 
 
@@ -94,3 +86,79 @@ def test_a_sweep_without_numbers_is_drawn_as_points():
     figure = plot.sweep(sim.sweep(ENGINE, 50, progress=False, batcher=BATCHERS, seed=range(3)))
     assert len(figure.axes[0].containers) == 3
     assert pixels(figure).std() > 0.01
+
+
+def test_the_best_picture_is_chosen_from_the_dims():
+    rates, few, many = np.linspace(0.1, 0.5, 4), [1, 2], range(1, 10)
+
+    def kind(**axes):
+        figure = plot.sweep(sim.sweep(ENGINE, 100, progress=False, **axes))
+        return "lines" if figure.axes[0].lines else "map" if figure.axes[0].collections else "points"
+
+    assert kind(request_rate=rates, total_prefill_chunks=few, batcher=BATCHERS) == "lines"
+    assert kind(max_batch_size=many) == "lines"
+    assert kind(max_batch_size=many, total_prefill_chunks=few) == "lines"
+    assert kind(request_rate=rates, max_batch_size=many) == "map"
+    assert kind(max_batch_size=many, total_prefill_chunks=[1, 2, 3, 4]) == "map"
+
+
+def test_a_heat_map_has_a_row_for_each_variable_and_a_column_for_each_batcher():
+    ds = sim.sweep(
+        ENGINE, 400, progress=False, max_batch_size=range(1, 10), batcher=BATCHERS,
+        request_rate=np.linspace(0.05, 0.6, 12), seed=range(3),
+    )  # fmt: skip
+    figure = plot.sweep(ds)
+    maps, bars = figure.axes[:6], figure.axes[6:]
+    assert [axis.get_title() for axis in maps[:3]] == [f"batcher: {name}" for name in ds.batcher.values]
+    assert {axis.get_xlabel() for axis in maps[3:]} == {"request rate [requests per tick]"}
+    assert maps[0].get_ylabel() == "max batch size [slots]"
+    assert [bar.get_ylabel() for bar in bars] == [
+        "token throughput [tokens per 1000 ticks]", "p99 time to first token [ticks]",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(
+        maps[1].collections[0].get_array(), ds.token_throughput.isel(batcher=1).median("seed").values
+    )
+    scales = [axis.collections[0].norm for axis in maps[:3]]
+    assert scales[0] is scales[1] is scales[2]  # colours mean the same in all columns
+    assert len(maps[1].collections) == 2  # the map, and where queues begin to grow
+    assert pixels(figure).std() > 0.05
+
+
+def test_a_heat_map_of_uneven_numbers_and_of_texts_names_its_places():
+    ds = sim.sweep(ENGINE, 100, progress=False, max_batch_size=[1, 2, 4, 32], batcher=BATCHERS)
+    axis = plot.heat_map(ds, variables=["utilization"]).axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "4", "32"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == list(ds.batcher.values)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ds: plot.lines(ds, x="rate"), "axis must be one of request_rate, batcher, got 'rate'"),
+        (lambda ds: plot.lines(ds, variables=["tftt"]), "variable must be one of e2e, ttft, .* got 'tftt'"),
+        (lambda ds: plot.lines(ds, stat="p98"), "stat must be one of mean, .* got 'p98'"),
+        (lambda ds: plot.heat_map(ds, x="batcher", y="batcher"), "x and y must be along two dimensions"),
+        (lambda ds: plot.heat_map(ds.isel(batcher=0, drop=True)), "needs two axes, and the Dataset has request_rate"),
+        (plot.queue_growth, "a Dataset from vecsim.queue_growth is needed"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(call, message):
+    ds = sim.sweep(ENGINE, 50, progress=False, request_rate=[0.1, 0.2, 0.3], batcher=BATCHERS)
+    with pytest.raises(ValueError, match=message):
+        call(ds)
+
+
+def test_stable_and_growing_queues_are_drawn_apart():
+    ds = sim.queue_growth(ENGINE, 50, 1000, progress=False, request_rate=[0.1, 0.2, 0.8, 1.2], seed=range(5))
+    figure = plot.sweep(ds)
+    assert [axis.get_title() for axis in figure.axes] == ["stable queues", "growing queues"]
+    for axis, names in zip(figure.axes, (["0.1", "0.2"], ["0.8", "1.2"]), strict=True):
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == names
+        assert axis.get_xlabel() == "time [ticks]"
+        assert axis.get_ylabel() == "queue size [requests]"
+        assert len(axis.lines) == len(axis.collections) == 2
+    np.testing.assert_array_equal(
+        figure.axes[1].lines[0].get_ydata(), ds.queue_size.sel(request_rate=0.8).median("seed").values
+    )
+    assert "gains more than there are slots" in figure.get_suptitle()
+    assert pixels(figure).std() > 0.05

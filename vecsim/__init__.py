@@ -3,6 +3,7 @@
 from vecsim import plot
 from vecsim.batching import Batcher, CustomBatcher, IFBatcher, IFBatcherWithOnePrefillOnly, StaticBatcher
 from vecsim.engine import Engine
+from vecsim.growth import queue_growth
 from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform
 from vecsim.load import (
     BatchLoadGenerator,
@@ -41,5 +42,6 @@ __all__ = [
     "TickStepTime",
     "Uniform",
     "plot",
+    "queue_growth",
     "sweep",
 ]

@@ -1,19 +1,22 @@
 """Axes: keywords that name fields of a declaration, however deep, and the values that they take."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, Range, _checks, check, suggestion
+from vecsim.declaration import Declaration, Range, _checks, check, shown, suggestion
 from vecsim.kernel.state import Array
 from vecsim.memory import require_results
 from vecsim.variables import REQUEST_VARIABLES, TICK_VARIABLES
 
 # Names that results use: an axis over a field of such a name is a dimension under its full path.
-TAKEN = {"stat", "request", *(variable.name for variable in (*TICK_VARIABLES, *REQUEST_VARIABLES))}
+TAKEN = {
+    *("stat", "request", "time", "run", "queue_size"),
+    *(variable.name for variable in (*TICK_VARIABLES, *REQUEST_VARIABLES)),
+}
 
 
 class Axis(NamedTuple):
@@ -33,12 +36,15 @@ class Axis(NamedTuple):
         if self.values.dtype != object:
             return self.values
         values = list(self.values.flat)
-        texts = [value.label() if isinstance(value, Declaration) else str(value) for value in values]
-        names = [v.name if isinstance(v, Declaration) else t for v, t in zip(values, texts, strict=True)]
-        if len(set(names)) == len(set(texts)):
-            texts = names
+        texts = [value.name if isinstance(value, Declaration) else str(value) for value in values]
+        for name in set(texts):
+            same = [i for i, text in enumerate(texts) if text == name]
+            declared = [values[i] for i in same]
+            if len(same) > 1 and all(isinstance(value, Declaration) for value in declared):
+                for i, differing in zip(same, differing_fields(declared), strict=True):
+                    texts[i] = f"{name}({differing})" if differing else name
         for i, text in enumerate(texts):
-            same = [values[j] for j in range(i) if texts[j] == text and values[j] != values[i]]
+            same = [j for j in range(i) if texts[j] == text and values[j] != values[i]]
             if same:
                 texts[i] = f"{text} #{len(same) + 1}"
         return np.array(texts).reshape(self.values.shape)
@@ -88,6 +94,24 @@ def fields(declaration: Declaration, prefix: str = "") -> Iterator[tuple[str, An
         yield prefix + name, value
         if isinstance(value, Declaration):
             yield from fields(value, f"{prefix}{name}.")
+
+
+def differing_fields(declarations: Sequence[Declaration]) -> list[str]:
+    """What tells each declaration from the others: names of components, and `field=value`."""
+    described = [dict(fields(declaration)) for declaration in declarations]
+    texts = []
+    for own in described:
+        names, values = [], []
+        for path, value in own.items():
+            others = [other[path] for other in described if path in other]
+            if isinstance(value, Declaration):
+                if any(other.name != value.name for other in others):
+                    names.append(value.name)
+            elif not callable(value) and any(other != value for other in others):
+                text = f"{value:.6g}" if isinstance(value, float) else shown(value)
+                values.append(f"{path.rpartition('.')[2]}={text}")
+        texts.append(", ".join(names + values))
+    return texts
 
 
 def find(name: str, declaration: Declaration) -> str:

@@ -37,6 +37,7 @@ class Range(msgspec.Struct, frozen=True):
 
 Count = Annotated[int, Range(1, 2**20)]
 Number = Annotated[int, Range(1, 1e9)]
+Offset = Annotated[int, Range(0, 1e9)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Time = Annotated[float, Range(0, LONGEST_TIME)]
 Positive = Annotated[float, Range(0, low_allowed=False)]

@@ -8,7 +8,7 @@ import numpy as np
 from vecsim.axes import Plan
 from vecsim.declaration import Declaration, to_plain
 from vecsim.kernel.state import Array, Record
-from vecsim.variables import REQUEST_VARIABLES, TICK_VARIABLES, Variable, stat_labels
+from vecsim.variables import REQUEST_VARIABLES, STEP_VARIABLES, TICK_VARIABLES, Variable, stat_labels
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -55,6 +55,18 @@ def record_variables(record: Record, dims: tuple[str, ...], shape: tuple[int, ..
     return {
         variable.name: describe(variable, (*dims, "request"), getattr(record, variable.name).reshape(*shape, -1))
         for variable in REQUEST_VARIABLES
+    }
+
+
+def queue_variables(
+    queue: Array, instants: Array, dims: tuple[str, ...], shape: tuple[int, ...]
+) -> "dict[str, xr.Variable]":
+    """The queue size, over `dims` and `time`, and its instants."""
+    by_name = {variable.name: variable for variable in STEP_VARIABLES}
+    time = by_name["time"]._replace(long_name="time", doc="instant")
+    return {
+        "queue_size": describe(by_name["queue_size"], (*dims, "time"), queue.reshape(*shape, -1)),
+        "time": describe(time, ("time",), instants),
     }
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar
 
-from vecsim.declaration import Count, Declaration, NonNegative, Number, Positive, Range, Seed, Time
+from vecsim.declaration import Count, Declaration, NonNegative, Number, Offset, Positive, Range, Seed, Time
 from vecsim.lengths import AnyDistribution, Constant, Distribution, Normal
 
 # Codes of the rule `arrival_time`, and of the closed loop
@@ -28,6 +28,9 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
         Shorthand for `output_tokens=Normal(mean, std)`; 4 and 0 unless given.
     seed : int
         The same seed gives the same requests, whatever else differs.
+    stream_offset : int
+        Draws of the seed's stream of lengths that are passed over: the first request gets the next one. So a run goes
+        on where another one stopped.
 
     Raises
     ------
@@ -42,6 +45,7 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
     target_output_len_tokens: NonNegative | None = None
     target_output_len_std: NonNegative | None = None
     seed: Seed = 0
+    stream_offset: Offset = 0
 
     arrivals: ClassVar[int]
 

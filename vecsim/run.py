@@ -3,7 +3,7 @@
 import functools
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -98,6 +98,12 @@ class Run:
             base_attrs(self.engine, self.time_limit, self.warmup),
         )
 
+    def plot(self, *, interactive: bool = False) -> Any:
+        """Draw slots, queue and latencies over time; see `vecsim.plot.run`."""
+        from vecsim import plot
+
+        return plot.run(self, interactive=interactive)
+
     def _rows(self) -> list[tuple[str, str]]:
         """(label, value) in the reference's words and digits."""
         metrics = self.metrics
@@ -127,12 +133,14 @@ class Run:
         ]
         return stat_labels(self._quantiles), rows
 
-    def _title(self) -> str:
+    @property
+    def title(self) -> str:
+        """One line: what was run."""
         load = self.engine.load_generator.label()
         return f"{self.engine.batcher.label()}, {self.engine.max_batch_size} slots, {load}, {self.time_limit:g} ticks"
 
     def __str__(self) -> str:
-        lines = [self._title(), ""]
+        lines = [self.title, ""]
         lines += [f"{label} = {value}" if "/(" in label else f"{label}: {value}" for label, value in self._rows()]
         heads, rows = self._latencies()
         lines += ["", f"{'[ticks]':8}" + "".join(f"{head:>10}" for head in heads)]
@@ -140,7 +148,7 @@ class Run:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<Run of {self._title()}>"
+        return f"<Run of {self.title}>"
 
     def _repr_html_(self) -> str:
         def table(head: list[str], rows: list[list[str]]) -> str:
@@ -158,7 +166,7 @@ class Run:
 
         heads, rows = self._latencies()
         return (
-            f"<div><b>{html.escape(self._title())}</b>"
+            f"<div><b>{html.escape(self.title)}</b>"
             + table([], [list(row) for row in self._rows()])
             + table(["ticks", *heads], [[title, *numbers] for title, numbers in rows])
             + "</div>"
@@ -176,4 +184,4 @@ def run(
     time_limit, warmup = check_times(time_limit, warmup)
     wanted = check_quantiles(quantiles)
     table = lower(Plan(engine, (), {}, {}), time_limit)
-    return Run(engine, time_limit, warmup, wanted, simulate_one(table, Measured(warmup, np.array(wanted))))
+    return Run(engine, time_limit, warmup, wanted, simulate_one(table, Measured(warmup, np.array(wanted), np.empty(0))))

@@ -29,11 +29,12 @@ COLUMNS = {
     "load_generator.itl": "itl",
     "load_generator.total_prefill_chunks": "total_prefill_chunks",
     "load_generator.seed": "seed",
+    "load_generator.stream_offset": "offset",
     "load_generator.request_rate": "request_rate",
     "load_generator.initial_batch": "requests",
     "load_generator.target_concurrency": "requests",
 }
-INTEGERS = ("batcher", "max_batch_size", "total_prefill_chunks", "arrivals", "requests", "seed")
+INTEGERS = ("batcher", "max_batch_size", "total_prefill_chunks", "arrivals", "requests", "seed", "offset")
 
 # The drawn streams of a block stay within this, unless one alone is larger.
 BLOCK_BYTES = 64 * 2**20
@@ -117,6 +118,7 @@ def lower(plan: Plan, time_limit: float) -> Table:
             "table_size": columns["length_table_size"],
             "draws": columns["length_draws"],
             "seed": np.where(random, columns["seed"], 0),
+            "offset": np.where(random, columns["offset"], 0),
         }
     )
     renewal = columns["arrivals"] == RENEWAL
@@ -163,6 +165,7 @@ def parameters(engine: Engine, tables: dict[tuple[int, ...], int], rules: dict[A
         "requests": ENDLESS,
         "shape": 1.0,
         "seed": load.seed,
+        "offset": load.stream_offset,
         "length_code": code,
         "length_a": a,
         "length_b": b,

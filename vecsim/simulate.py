@@ -23,10 +23,11 @@ class Results(NamedTuple):
 
     metrics: Array  # [scenario, metric], see `vecsim.variables`
     enqueued: Array  # [scenario] requests that entered the queue
+    queue: Array  # [scenario, instant] queue sizes, at no instant if not kept
     record: Record  # [scenario, request], of no request if not kept
 
     @classmethod
-    def empty(cls, scenarios: int, metrics: int, requests: int = 0) -> "Results":
+    def empty(cls, scenarios: int, metrics: int, instants: int = 0, requests: int = 0) -> "Results":
         """Room for results; nothing has happened yet to any request."""
         shape = scenarios, requests
         record = Record(
@@ -38,15 +39,17 @@ class Results(NamedTuple):
             output_tokens=np.zeros(shape, np.int64),
             slot=np.full(shape, -1, np.int64),
         )
-        return cls(np.empty((scenarios, metrics)), np.empty(scenarios, np.int64), record)
+        queue = np.empty((scenarios, instants), np.int64)
+        return cls(np.empty((scenarios, metrics)), np.empty(scenarios, np.int64), queue, record)
 
     def room(self, rows: Array) -> "Results":
         """Room for the results of some rows: these very arrays where the rows follow one another."""
         first, size = int(rows[0]), rows.size
         if np.array_equal(rows, np.arange(first, first + size)):
             part = slice(first, first + size)
-            return Results(self.metrics[part], self.enqueued[part], Record(*(array[part] for array in self.record)))
-        return Results.empty(size, self.metrics.shape[1], self.record.slot.shape[1])
+            record = Record(*(array[part] for array in self.record))
+            return Results(self.metrics[part], self.enqueued[part], self.queue[part], record)
+        return Results.empty(size, self.metrics.shape[1], self.queue.shape[1], self.record.slot.shape[1])
 
     def put(self, rows: Array, part: "Results", done: Array) -> None:
         """Take over what is done of the results of some rows, if it isn't there already."""
@@ -70,6 +73,7 @@ class Measured(NamedTuple):
 
     warmup: float  # ticks
     quantiles: Array
+    instants: Array  # at which the queue is looked at, ascending [ticks]
 
     @property
     def width(self) -> int:
@@ -93,16 +97,18 @@ def simulate(
         rule of a user's own batcher fails.
     """
     threads = min(threads or available_threads(), table.size)
-    check_memory(table, 8 * (measured.width + 2) * table.size, threads)
-    results = Results.empty(table.size, measured.width)
-    with Workers(threads) as workers:
-        _run(table, measured, results, workers, progress)
-        if keep_requests:
-            # The first pass has told how many requests there are.
-            most = int(results.enqueued.max())
-            check_memory(table, 8 * (measured.width + 2 + 21 * most) * table.size, threads)
-            results = Results.empty(table.size, measured.width, most)
-            _run(table, measured, results, workers, lambda done: None)
+    instants = measured.instants.size
+    width = measured.width + instants + 2
+    check_memory(table, 8 * width * table.size, threads)
+    results = Results.empty(table.size, measured.width, instants)
+    workers = Workers(threads)
+    _run(table, measured, results, workers, progress)
+    if keep_requests:
+        # The first pass has told how many requests there are.
+        most = int(results.enqueued.max())
+        check_memory(table, 8 * (width + 21 * most) * table.size, threads)
+        results = Results.empty(table.size, measured.width, instants, most)
+        _run(table, measured, results, workers, lambda done: None)
     return results
 
 
@@ -115,16 +121,16 @@ def simulate_one(table: Table, measured: Measured) -> Single:
         When its arrays would not fit in memory, or the rule of a user's own batcher fails.
     """
     more = 1.0
-    with Workers(1) as workers:
-        while True:
-            check_memory(table, BYTES_PER_RECORD * float(np.max(requests_needed(table, more))), 1, more)
-            block = next(blocks(table, np.zeros(1, np.int64), more))
-            results = Results.empty(1, measured.width, block.most_requests)
-            status, outcome, scratch = _run_block(table, block, measured, results, workers)
-            if status[0] == DONE and outcome is not None:
-                record = Record(*(array[:, : outcome.enqueued] for array in results.record))
-                return Single(results.metrics[0], record, outcome, scratch)
-            more *= 2.0
+    workers = Workers(1)
+    while True:
+        check_memory(table, BYTES_PER_RECORD * float(np.max(requests_needed(table, more))), 1, more)
+        block = next(blocks(table, np.zeros(1, np.int64), more))
+        results = Results.empty(1, measured.width, requests=block.most_requests)
+        status, outcome, scratch = _run_block(table, block, measured, results, workers)
+        if status[0] == DONE and outcome is not None:
+            record = Record(*(array[:, : outcome.enqueued] for array in results.record))
+            return Single(results.metrics[0], record, outcome, scratch)
+        more *= 2.0
 
 
 def _run(table: Table, measured: Measured, results: Results, workers: Workers, progress: Callable[[int], Any]) -> None:
@@ -185,7 +191,8 @@ def _run_block(
             arrivals,
             lengths,
             table.time_limit,
-            *measured,
+            measured.warmup,
+            measured.quantiles,
             scratch(),
             results.metrics,
             results.enqueued,
@@ -200,19 +207,22 @@ def _run_block(
         return outcome
 
     def run_and_record(first: int, last: int) -> None:
-        from vecsim.kernel.record import write_record
+        from vecsim.kernel.record import write_queue, write_record
 
         for row in range(first, last):
             outcome = latest["outcome"] = run_some(row, row + 1)
-            if status[row] == DONE:
+            if status[row] == DONE and keeps_requests:
                 write_record(row, block.scenarios, lengths, scratch(), outcome, results.record)
+            if status[row] == DONE and keeps_queue:
+                write_queue(row, measured.instants, scratch(), outcome, results.queue)
 
     workers.share(draw_some_lengths, lengths.size.size, lengths.values.size)
     if arrivals.values.size:
         workers.share(draw_some_arrivals, arrivals.size.size, arrivals.values.size)
     own_kernels = [_own_kernel(rule, job()) for rule in table.rules]
     kernels = [*own_kernels, run_scenarios]  # -1 is the last
-    run = run_and_record if results.record.slot.shape[1] > 0 else run_some
+    keeps_requests, keeps_queue = results.record.slot.shape[1] > 0, measured.instants.size > 0
+    run = run_and_record if keeps_requests or keeps_queue else run_some
     workers.share(run, size, size * (table.time_limit + block.most_requests), progress)
     return status, latest["outcome"], latest["scratch"]
 

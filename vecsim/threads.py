@@ -2,8 +2,9 @@
 
 import itertools
 import os
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -28,21 +29,12 @@ class Workers:
     Attributes
     ----------
     stop : numpy.ndarray
-        One byte that kernels watch: set when the main thread leaves the `with` block, for whatever reason.
+        One byte that kernels watch: set when a piece fails or the user interrupts.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.stop = np.zeros(1, np.uint8)
-        self._pool: ThreadPoolExecutor | None = None
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self.stop[0] = 1
-            self._pool.shutdown(cancel_futures=True)
 
     def share(
         self,
@@ -60,14 +52,34 @@ class Workers:
         least = 4 * self.threads if self.threads > 1 else 1
         pieces = int(min(size, max(cost / PIECE, least)))
         cuts = [size * i // pieces for i in range(pieces + 1)]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="vecsim")
-        sizes: dict[Future[Any], int] = {
-            self._pool.submit(task, first, last): last - first for first, last in itertools.pairwise(cuts)
-        }
-        waiting = set(sizes)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-                progress(sizes[future])
+        todo = iter(list(itertools.pairwise(cuts)))
+        # Not an executor: an interruption while it waits for many futures leaves some of them locked, and it hangs.
+        done: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                for first, last in todo:
+                    if self.stop[0]:
+                        break
+                    task(first, last)
+                    done.put(last - first)
+            except BaseException as error:
+                done.put(error)
+
+        started: list[threading.Thread] = []
+        try:
+            for _ in range(min(self.threads, pieces)):
+                started.append(threading.Thread(target=work, name="vecsim"))
+                started[-1].start()
+            for _ in range(pieces):
+                result = done.get()
+                if isinstance(result, BaseException):
+                    raise result
+                progress(result)
+        except BaseException:
+            self.stop[0] = 1
+            raise
+        finally:
+            for thread in started:
+                if thread.ident is not None:
+                    thread.join()

@@ -1,4 +1,4 @@
-"""The instants and the slot of each request of one scenario, for runs that keep them."""
+"""What is kept of one scenario: the instants and the slot of each request, the queue over time."""
 
 import numpy as np
 
@@ -77,3 +77,17 @@ def write_record(row, scenarios, lengths, scratch, outcome, record):
         scenarios.max_batch_size[row],
         record.slot[row],
     )
+
+
+@entry
+def write_queue(row, times, scratch, outcome, queue):
+    """Write the queue size at ascending instants of the scenario that `run_scenarios` has just run. O(steps)."""
+    step = enqueued = started = 0
+    for i in range(times.size):
+        while step + 1 < outcome.steps and scratch.time[step + 1] <= times[i]:
+            step += 1
+        while enqueued < outcome.enqueued and scratch.enqueued_step[enqueued] <= step:
+            enqueued += 1
+        while started < outcome.started and scratch.started_step[started] <= step:
+            started += 1
+        queue[row, i] = enqueued - started

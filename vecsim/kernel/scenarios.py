@@ -30,14 +30,15 @@ def draw_lengths(first, last, parameters, tables, lengths, stop):
         if stop[0]:
             return
         out = lengths.values[lengths.start[row] : lengths.start[row] + lengths.size[row]]
-        units = np.zeros(out.size)
+        offset = parameters.offset[row]
+        units = np.zeros(offset + out.size)
         streams.standard(parameters.draws[row], parameters.seed[row], units)
         begin = parameters.table_start[row]
         table = tables[begin : begin + parameters.table_size[row]]
         code, a, b = parameters.code[row], parameters.a[row], parameters.b[row]
         longest = 0
         for i in range(out.size):
-            length = output_tokens(code, a, b, table, units[i])
+            length = output_tokens(code, a, b, table, units[offset + i])
             out[i] = length
             longest = max(longest, length)
         lengths.longest[row] = longest

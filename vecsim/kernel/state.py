@@ -56,6 +56,7 @@ class LengthParameters(NamedTuple):
     table_size: Array
     draws: Array  # kind of random numbers
     seed: Array
+    offset: Array  # draws that are passed over
 
 
 class ArrivalParameters(NamedTuple):

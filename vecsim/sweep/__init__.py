@@ -10,7 +10,7 @@ import numpy as np
 
 from vecsim.axes import plan
 from vecsim.engine import Engine
-from vecsim.gather import axis_coords, base_attrs, metrics_dataset, record_variables
+from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variables, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, simulate
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+INSTANTS = 201  # at which a kept queue is looked at
+
+
 def sweep(
     engine: Engine,
     time_limit: float,
     *,
     warmup: float = 0.0,
     quantiles: Sequence[float] | None = None,
-    keep: Literal["requests"] | None = None,
+    keep: Literal["requests", "queue"] | None = None,
     progress: bool = True,
     threads: int | None = None,
     **axes: Any,
@@ -43,9 +46,9 @@ def sweep(
         same requests: where a long queue was there already, they read lower than what the engine does.
     quantiles : sequence of float, optional
         Quantiles of the latencies, each in [0, 1]; 0.5, 0.9, 0.95 and 0.99 unless given.
-    keep : "requests", optional
+    keep : "requests" or "queue", optional
         Keep the per-request arrays of `Run.requests` too, over a dimension `request`, padded with NaN (-1 for
-        `slot`, 0 for `output_tokens`).
+        `slot`, 0 for `output_tokens`); or `queue_size` at 201 evenly spaced instants, over a dimension `time`.
     progress : bool
         Show a progress bar when it takes more than half a second.
     threads : int, optional
@@ -72,8 +75,8 @@ def sweep(
     wanted = check_quantiles(quantiles)
     if not isinstance(engine, Engine):
         raise ValueError(f"engine must be an Engine, got {engine!r}")
-    if keep not in (None, "requests"):
-        raise ValueError(f'keep must be "requests" or left out, got {keep!r}')
+    if keep not in (None, "requests", "queue"):
+        raise ValueError(f'keep must be "requests", "queue" or left out, got {keep!r}')
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
         raise ValueError(f"threads must be a whole number >= 1, got {threads!r}")
     planned = plan(engine, axes)
@@ -81,13 +84,16 @@ def sweep(
     with progress_bar(
         planned.scenarios, progress, "run_scenarios_by_address" if table.rules else "run_scenarios"
     ) as bar:
-        measured = Measured(warmup, np.array(wanted))
+        instants = np.linspace(0.0, time_limit, INSTANTS if keep == "queue" else 0)
+        measured = Measured(warmup, np.array(wanted), instants)
         results = simulate(table, measured, threads, keep == "requests", bar.update)
     attrs = base_attrs(planned.engine, time_limit, warmup)
     dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs)
+    dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
-        dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
         dataset = dataset.assign(record_variables(results.record, dims, shape))
+    if keep == "queue":
+        dataset = dataset.assign(queue_variables(results.queue, instants, dims, shape))
     return dataset
 
 

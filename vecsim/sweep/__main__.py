@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--plot", type=Path, metavar="FILE", help="save the picture as .png, .pdf or .svg")
     result.add_argument("--time-limit", type=float, metavar="T", help="ticks to simulate")
     result.add_argument("--warmup", type=float, metavar="T", help="ticks simulated but not measured")
+    result.add_argument("--short", type=float, metavar="T", help="queue growth: also simulate T ticks, and compare")
     result.add_argument("--at-load", type=float, metavar="X", help="load at which the table reads the TTFT")
     result.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     result.add_argument("--force", action="store_true", help="overwrite existing files")
@@ -99,18 +100,22 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
         check_output(output, DATASETS, options.force)
     if picture is not None:
         check_output(picture, PICTURES, options.force)
-    dataset = sweep(
-        spec.engine,
-        spec.time_limit if options.time_limit is None else options.time_limit,
-        warmup=spec.warmup if options.warmup is None else options.warmup,
-        threads=options.threads,
-        progress=not options.quiet,
-        **axes,
-    )
-    if not options.quiet:
-        from vecsim.sweep.report import table
+    time_limit = spec.time_limit if options.time_limit is None else options.time_limit
+    warmup = spec.warmup if options.warmup is None else options.warmup
+    short = spec.short if options.short is None else options.short
+    common = {"threads": options.threads, "progress": not options.quiet}
+    if short is None:
+        dataset = sweep(spec.engine, time_limit, warmup=warmup, **common, **axes)
+    else:
+        from vecsim.growth import queue_growth
 
-        print(table(dataset, options.at_load))
+        if warmup > 0:
+            raise ValueError(f"--warmup must be 0 for queue growth, got {warmup:g}")
+        dataset = queue_growth(spec.engine, short, time_limit, **common, **axes)
+    if not options.quiet:
+        from vecsim.sweep.report import growth_table, table
+
+        print(table(dataset, options.at_load) if short is None else growth_table(dataset))
     if output is not None:
         write_dataset(dataset, output)
         written.append(str(output))

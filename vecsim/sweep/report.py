@@ -18,6 +18,11 @@ STABLE_SHARE = 0.01
 
 MOST_ROWS = 36
 
+CRITERION = (
+    "from the end of the short run to that of the long one it gains more than there are slots, and more than 1 % of "
+    "the arrivals"
+)
+
 
 def load_coord(dataset: "xr.Dataset") -> str | None:
     """The coordinate of the load, if there is one along a dimension (of its own, or one that is shared)."""
@@ -25,8 +30,8 @@ def load_coord(dataset: "xr.Dataset") -> str | None:
 
 
 def other_dims(dataset: "xr.Dataset", along: str | None) -> list[str]:
-    """The dimensions that make rows or lines: not those of statistics, seeds, requests, nor the one drawn along."""
-    return [str(dim) for dim in dataset.sizes if dim not in ("stat", "seed", "request", along)]
+    """The dimensions that make rows or lines: not those within a scenario, nor seeds, nor the one drawn along."""
+    return [str(dim) for dim in dataset.sizes if dim not in ("stat", "seed", "request", "time", along)]
 
 
 def texts(dataset: "xr.Dataset", dim: str) -> list[str]:
@@ -46,14 +51,17 @@ def texts(dataset: "xr.Dataset", dim: str) -> list[str]:
 
 def stable(dataset: "xr.Dataset") -> "xr.DataArray":
     """Whether requests are completed and final_queue <= max(slots, 1 % of arrived); medians over `seed`."""
+    queued, arrived, completed = (median(dataset[name]) for name in ("final_queue", "arrived", "completed"))
+    return ((queued <= np.maximum(slots_of(dataset), STABLE_SHARE * arrived)) & (completed > 0)).transpose(*queued.dims)
+
+
+def slots_of(dataset: "xr.Dataset") -> Any:
+    """The slots of each scenario: a number, or an array where they are an axis."""
     import msgspec
 
-    queued, arrived, completed = (_median(dataset[name]) for name in ("final_queue", "arrived", "completed"))
     if "max_batch_size" in dataset.coords:
-        slots: Any = _median(dataset.max_batch_size)
-    else:
-        slots = msgspec.json.decode(dataset.attrs["declaration"])["max_batch_size"]
-    return ((queued <= np.maximum(slots, STABLE_SHARE * arrived)) & (completed > 0)).transpose(*queued.dims)
+        return median(dataset.max_batch_size)
+    return msgspec.json.decode(dataset.attrs["declaration"])["max_batch_size"]
 
 
 def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
@@ -70,9 +78,9 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     along = str(dataset[load].dims[0]) if load is not None else None
     dims = other_dims(dataset, along)
     holds = stable(dataset)
-    throughput, requests = _median(dataset.token_throughput), _median(dataset.request_throughput)
+    throughput, requests = median(dataset.token_throughput), median(dataset.request_throughput)
     tail = str(dataset.stat.values[-2])
-    ttft = _median(dataset.ttft.sel(stat=tail))
+    ttft = median(dataset.ttft.sel(stat=tail))
 
     heads = [*dims, "peak tokens/1K ticks", "peak requests/1K ticks"]
     if load is not None:
@@ -99,24 +107,68 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
         else:
             row += ["yes" if bool(holds.isel(at)) else "no", _number(ttft.isel(at))]
         rows.append(row)
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < len(dims) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [heads, ["-" * width for width in widths], *rows]
-    ]
-    more = math.prod(dataset.sizes[dim] for dim in dims) - len(rows)
-    if more > 0:
-        lines.append(f"... and {more:,} more rows, in the Dataset")
+    lines = aligned([heads, *rows], len(dims))
+    lines += more_rows(dataset, dims)
     seeds = dataset.sizes.get("seed", 1)
-    median = f"medians over {seeds} seeds; " if seeds > 1 else ""
-    lines.append(f"({median}stable: at the end no more wait than there are slots, or 1 % of the arrivals)")
+    medians = f"medians over {seeds} seeds; " if seeds > 1 else ""
+    lines.append(f"({medians}stable: at the end no more wait than there are slots, or 1 % of the arrivals)")
     return "\n".join(lines)
 
 
-def _median(array: "xr.DataArray") -> "xr.DataArray":
+def growth_table(dataset: "xr.Dataset") -> str:
+    """The final queue and the mean latencies of the short and the long run, for each combination of the axes.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `vecsim.queue_growth`. With several seeds, the table has the first one's values, and medians.
+    """
+    dims = other_dims(dataset, "run")
+    seeds = dataset.sizes.get("seed", 1)
+    first = dataset.isel(seed=0) if "seed" in dataset.dims else dataset
+    times = [f"{limit:,.10g} ticks" for limit in dataset.run_time.values]
+    heads = [*dims, "queue", "metric", *(f"{time}, seed {first.seed.item()}" if seeds > 1 else time for time in times)]
+    if seeds > 1:
+        heads += [f"{time}, median" for time in times]
+    names = {dim: texts(dataset, dim) for dim in dims}
+    rows = []
+    combinations = itertools.product(*(range(dataset.sizes[dim]) for dim in dims))
+    for index in itertools.islice(combinations, MOST_ROWS):
+        at = dict(zip(dims, index, strict=True))
+        verdict = "grows" if bool(dataset.grows.isel(at)) else "stable"
+        begin = [*(names[dim][i] for dim, i in at.items()), verdict]
+        for metric, title in (("final_queue", "final queue"), ("ttft", "mean TTFT"), ("e2e", "mean E2E")):
+            cells = []
+            for source in (first, dataset) if seeds > 1 else (first,):
+                array = source[metric].sel(stat="mean") if "stat" in source[metric].dims else source[metric]
+                digits = ".0f" if array.dtype.kind == "i" else ".2f"
+                cells += [f"{value:{digits}}" for value in median(array.isel(at)).values]
+            rows.append([*begin, title, *cells])
+            begin = [""] * len(begin)
+    lines = aligned([heads, *rows], len(dims) + 2)
+    lines += more_rows(dataset, dims)
+    return "\n".join([*lines, f"(a queue grows if {CRITERION})"])
+
+
+def aligned(rows: list[list[str]], names: int) -> list[str]:
+    """Lines of a table: a head, a rule, and the rest; the first `names` columns are flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < names else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [rows[0], ["-" * width for width in widths], *rows[1:]]
+    ]
+
+
+def more_rows(dataset: "xr.Dataset", dims: list[str]) -> list[str]:
+    """A line that tells how many combinations a table leaves out, if any."""
+    more = math.prod(dataset.sizes[dim] for dim in dims) - MOST_ROWS
+    return [f"... and {more:,} more rows, in the Dataset"] if more > 0 else []
+
+
+def median(array: "xr.DataArray") -> "xr.DataArray":
     """Median over `seed`, NaN where a seed has none."""
     return array.median("seed", skipna=False) if "seed" in array.dims else array
 

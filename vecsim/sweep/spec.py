@@ -27,6 +27,8 @@ class Spec(Declaration, frozen=True, kw_only=True):
         What is varied.
     time_limit, warmup : float
         As for `vecsim.sweep` [ticks].
+    short : float, optional
+        With it, `vecsim.queue_growth` is called: the time limit of its short run [ticks].
     axes : dict
         Values of each axis: a list, or text in short notation (see `parse_values`).
     zip : dict
@@ -37,6 +39,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
     engine: Engine
     time_limit: float = 10_000.0
     warmup: float = 0.0
+    short: float | None = None
     axes: dict[str, Any] = msgspec.field(default_factory=dict)
     zip: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
 

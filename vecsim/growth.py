@@ -1,0 +1,79 @@
+"""Does the queue grow? A short and a long run of the same engine, side by side."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vecsim.engine import Engine
+from vecsim.sweep import sweep
+from vecsim.sweep.report import CRITERION, STABLE_SHARE, median, slots_of
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def queue_growth(
+    engine: Engine,
+    short: float = 100,
+    long: float = 10_000,
+    *,
+    quantiles: Sequence[float] | None = None,
+    progress: bool = True,
+    threads: int | None = None,
+    **axes: Any,
+) -> "xr.Dataset":
+    """Simulate a short and a long run; the long one's output lengths go on where the short one's stopped.
+
+    Parameters
+    ----------
+    engine : Engine
+        What is simulated.
+    short, long : float
+        The two time limits [ticks].
+    quantiles, progress, threads, **axes
+        As for `vecsim.sweep`.
+
+    Returns
+    -------
+    xarray.Dataset
+        That of a sweep over a dimension `run` ("short", "long") before the axes'; beside it `queue_size` of the long
+        run over `time`, and `grows` without `seed`: whether, in the median over seeds, the final queue of the long
+        run exceeds that of the short one by more than the slots and by more than 1 % of the requests that arrive
+        between the two.
+
+    Raises
+    ------
+    ValueError
+        As `vecsim.sweep`; and when `long` isn't longer than `short`, or the stream's offset is an axis.
+    """
+    import xarray as xr
+
+    if not isinstance(engine, Engine):
+        raise ValueError(f"engine must be an Engine, got {engine!r}")
+    if not long > short:
+        raise ValueError(f"long must be > short ({short:g}), got {long:g}")
+    if any(name.rpartition(".")[2] == "stream_offset" for name in axes):
+        raise ValueError("stream_offset can't be an axis here: the long run begins where the short one stopped")
+    options: dict[str, Any] = {"quantiles": quantiles, "progress": progress, "threads": threads}
+    brief = sweep(engine, short, **options, **axes)
+    offset = xr.DataArray(brief.arrived.values + engine.load_generator.stream_offset, dims=brief.arrived.dims)
+    full = sweep(engine, long, keep="queue", **options, **axes, stream_offset=offset)
+    full = full.drop_vars("stream_offset", errors="ignore")  # there is none without axes
+    queue = full[["queue_size"]]
+    full = full.drop_vars(["queue_size", "time"])
+    both = xr.concat([brief, full], dim=xr.Variable("run", ["short", "long"]), combine_attrs="override")
+    both = both.assign_coords(
+        run_time=("run", [float(short), float(long)], {"long_name": "time limit", "units": "ticks"})
+    ).assign(queue)
+    both.attrs["time_limit"] = float(long)
+    return both.assign(grows=grows(both))
+
+
+def grows(dataset: "xr.Dataset") -> "xr.DataArray":
+    """Whether the queue grows, from a Dataset of `queue_growth`: see there."""
+    queued, arrived = (median(dataset[name]) for name in ("final_queue", "arrived"))
+    gained = queued.sel(run="long", drop=True) - queued.sel(run="short", drop=True)
+    came = arrived.sel(run="long", drop=True) - arrived.sel(run="short", drop=True)
+    result = (gained > np.maximum(slots_of(dataset), STABLE_SHARE * came)).transpose(*gained.dims)
+    return result.assign_attrs(long_name="queue grows", description=CRITERION)

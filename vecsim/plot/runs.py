@@ -1,0 +1,276 @@
+"""The picture of one run, and of several on one time axis."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vecsim.axes import differing_fields
+from vecsim.kernel.state import Array
+from vecsim.plot.style import COLOURS, DASHES, DECODE, E2E, EMPTY, PREFILL, TTFT, Picture, ticks_at_integers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from vecsim.run import Run
+
+# More requests or slots than this are drawn as an image: shares of time in each pixel.
+MOST_BOXES = 1500
+MOST_BOX_SLOTS = 64
+
+COLUMNS = 1600  # of such an image
+ROWS = 400
+MOST_MARKS = 20_000  # of a kind; above, they are drawn as pixels
+
+
+class Timeline(NamedTuple):
+    """When each started request was in which phase, in the order of their start [request], ticks."""
+
+    request: Array
+    slot: Array
+    enqueued_at: Array
+    started_at: Array
+    first_token_at: Array  # the run's end where it wasn't reached
+    left_at: Array
+
+
+def timeline(run: "Run") -> Timeline:
+    """The timeline of a run."""
+    requests = run.requests
+    started = np.flatnonzero(requests.slot.values >= 0)
+    end = float(run.metrics.end_time)
+    first_token_at, completed_at = (
+        np.nan_to_num(requests[name].values[started], nan=end) for name in ("first_token_at", "completed_at")
+    )
+    return Timeline(
+        request=started,
+        slot=requests.slot.values[started],
+        enqueued_at=requests.enqueued_at.values[started],
+        started_at=requests.started_at.values[started],
+        first_token_at=first_token_at,
+        left_at=completed_at,
+    )
+
+
+def run(run: "Run", *, interactive: bool = False) -> Any:
+    """Draw a run: what each slot does over time, the queue, and the latencies when they were recorded.
+
+    Parameters
+    ----------
+    run : Run
+        From `Engine.run`.
+    interactive : bool
+        Draw it with plotly: what is under the pointer tells slot, request, phase, token, latency so far and queue.
+        `figure.write_html("run.html")` writes one file that stands on its own.
+
+    Returns
+    -------
+    matplotlib.figure.Figure or plotly.graph_objects.Figure
+        Slots over time with request numbers where they fit (an image of the shares of time where there are many),
+        queue size, TTFT and E2E marks; one time axis.
+
+    Raises
+    ------
+    ImportError
+        When plotly is needed and isn't there.
+    """
+    if interactive:
+        from vecsim.plot.interactive import draw
+
+        return draw(run)
+    slots = run.engine.max_batch_size
+    height = float(np.clip(0.35 * slots, 1.4, 5.0))
+    figure = Picture(figsize=(11, height + 3.6), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(height, 1.1, 1.5))
+    draw_slots(top, run)
+    draw_queue(middle, run, color="0.35", fill=True)
+    draw_latencies(bottom, run, TTFT, E2E)
+    finish(middle, bottom, [run])
+    figure.suptitle(textwrap.fill(run.title, 120), fontsize="medium")
+    legend(figure, [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)])
+    return figure
+
+
+def compare(runs: Sequence["Run"], labels: Sequence[str] | None = None) -> Any:
+    """Draw several runs on one time axis: the slots of each, then their queues and latencies together.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        From `Engine.run`; at most seven.
+    labels : sequence of str, optional
+        One for each; what differs between their declarations unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        When there are no runs, more than seven, or not as many labels.
+    """
+    runs = list(runs)
+    if not 1 <= len(runs) <= len(COLOURS):
+        raise ValueError(f"runs must be 1 to {len(COLOURS)}, got {len(runs)}")
+    labels = differing_fields([run.engine for run in runs]) if labels is None else list(labels)
+    if len(labels) != len(runs):
+        raise ValueError(f"labels must be one for each of {len(runs)} runs, got {len(labels)}")
+    heights = [float(np.clip(0.3 * run.engine.max_batch_size, 1.0, 3.0)) for run in runs]
+    figure = Picture(figsize=(11, sum(heights) + 0.35 * len(runs) + 4.2), layout="constrained")
+    axes = figure.subplots(len(runs) + 2, 1, sharex=True, height_ratios=(*heights, 1.5, 1.8))
+    middle, bottom = axes[-2:]
+    for i, (axis, run, text) in enumerate(zip(axes, runs, labels, strict=False)):
+        draw_slots(axis, run)
+        metrics = run.metrics
+        axis.set_title(text, loc="left", fontsize="medium", color=COLOURS[i], fontweight="bold")
+        axis.set_title(
+            f"{int(metrics.completed)} requests done, {float(metrics.token_throughput):,.0f} tokens per 1000 ticks, "
+            f"mean TTFT {float(metrics.ttft[0]):.1f}, E2E {float(metrics.e2e[0]):.1f}",
+            loc="right",
+            fontsize="small",
+        )
+        draw_queue(middle, run, color=COLOURS[i], linestyle=DASHES[i])
+        draw_latencies(bottom, run, COLOURS[i], COLOURS[i])
+    finish(middle, bottom, runs)
+    legend(figure, [("time to first token", "x", "0.3"), ("end-to-end latency", "o", "0.3")])
+    return figure
+
+
+def finish(queue: "Axes", latency: "Axes", runs: Sequence["Run"]) -> None:
+    """Name the axes, and begin them at zero."""
+    queue.set_ylabel("queue\n[requests]")
+    latency.set_ylabel("latency\n[ticks]")
+    latency.set_xlabel("time [ticks]")
+    latency.set_xlim(0, max(float(run.metrics.end_time) for run in runs))
+    most = max(int(run.steps.queue_size.max()) for run in runs)
+    queue.set_ylim(0, 1.08 * max(most, 1))
+    latency.set_ylim(bottom=0)
+
+
+def legend(figure: Picture, marks: list[tuple[str, str, str]]) -> None:
+    """Phases and marks, below the panels."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    phases = (("empty", EMPTY), ("prefill", PREFILL), ("decode", DECODE))
+    handles: list[Any] = [Patch(color=colour, label=name) for name, colour in phases]
+    handles += [
+        Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4, label=name)
+        for name, marker, colour in marks
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
+
+
+def draw_slots(axis: "Axes", run: "Run") -> None:
+    """Slots over time, coloured by phase."""
+    times = timeline(run)
+    slots = run.engine.max_batch_size
+    end = float(run.metrics.end_time)
+    axis.set_facecolor(EMPTY)
+    if times.request.size <= MOST_BOXES and slots <= MOST_BOX_SLOTS:
+        draw_boxes(axis, times, end, slots)
+    else:
+        image = phase_image(times, slots, end, min(slots, ROWS), COLUMNS)
+        axis.imshow(image, extent=(0, end, slots - 0.5, -0.5), aspect="auto", interpolation="antialiased")
+    axis.set_ylim(slots - 0.5, -0.5)
+    axis.set_ylabel("slot")
+    ticks_at_integers(axis.yaxis)
+
+
+def draw_boxes(axis: "Axes", times: Timeline, end: float, slots: int) -> None:
+    """A box for each phase of each request, and the request's number where it fits."""
+    from matplotlib.collections import PolyCollection
+
+    low, high = times.slot - 0.45, times.slot + 0.45
+    for colour, left, right in (
+        (PREFILL, times.started_at, times.first_token_at),
+        (DECODE, times.first_token_at, times.left_at),
+    ):
+        some = right > left
+        corners = np.stack(
+            [np.stack([x, y], -1) for x, y in ((left, low), (left, high), (right, high), (right, low))], axis=1
+        )
+        axis.add_collection(PolyCollection(list(corners[some]), facecolors=colour, edgecolors="white", linewidths=0.4))
+    if slots > 32:
+        return
+    width = 760 / end  # points a tick, about
+    fits = (times.left_at - times.started_at) * width > 5.0 * np.char.str_len(times.request.astype(str)) + 3.0
+    for i in np.flatnonzero(fits):
+        axis.text(
+            (times.started_at[i] + times.left_at[i]) / 2,
+            times.slot[i],
+            str(times.request[i]),
+            ha="center",
+            va="center",
+            fontsize=7,
+            clip_on=True,
+        )
+
+
+def phase_image(times: Timeline, slots: int, end: float, rows: int, columns: int) -> Array:
+    """Colours [row, column, 3], mixed by the shares of time in each phase. O(requests + slots x columns)."""
+    from matplotlib.colors import to_rgb
+
+    edges = np.linspace(0.0, end, columns + 1)
+    row_of = np.arange(slots) * rows // slots
+    shares = np.zeros((2, rows, columns))
+    order = np.argsort(times.slot, kind="stable")
+    cuts = np.searchsorted(times.slot[order], np.arange(slots + 1))
+    for slot in range(slots):
+        mine = order[cuts[slot] : cuts[slot + 1]]
+        for phase, begin, stop in (
+            (0, times.started_at[mine], times.first_token_at[mine]),
+            (1, times.first_token_at[mine], times.left_at[mine]),
+        ):
+            # Time in the phase up to an instant is linear between begins and ends.
+            knots = np.stack([begin, stop], -1).ravel()
+            spent = np.cumsum(np.stack([np.zeros_like(begin), stop - begin], -1).ravel())
+            if knots.size:
+                shares[phase, row_of[slot]] += np.diff(np.interp(edges, knots, spent))
+    shares /= np.bincount(row_of, minlength=rows)[:, np.newaxis] * (end / columns)
+    empty, prefill, decode = (np.array(to_rgb(colour)) for colour in (EMPTY, PREFILL, DECODE))
+    return np.clip(
+        empty + shares[0, ..., np.newaxis] * (prefill - empty) + shares[1, ..., np.newaxis] * (decode - empty), 0, 1
+    )
+
+
+def draw_queue(axis: "Axes", run: "Run", *, fill: bool = False, **style: Any) -> None:
+    """Queue size over time: the range in each of many columns where there are more steps than that."""
+    time, queue = run.steps.time.values, run.steps.queue_size.values
+    end = float(run.metrics.end_time)
+    if time.size > 4 * COLUMNS:
+        begin = np.searchsorted(time, np.linspace(0.0, end, 2 * COLUMNS, endpoint=False))
+        begin = np.unique(np.minimum(begin, time.size - 1))
+        low, high = np.minimum.reduceat(queue, begin), np.maximum.reduceat(queue, begin)
+        time = np.repeat(time[begin], 2)
+        queue = np.stack([low, high], -1).ravel()
+    time, queue = np.append(time, end), np.append(queue, queue[-1])
+    if fill:
+        axis.fill_between(time, queue, step="post", color=style["color"], alpha=0.3, linewidth=0)
+    axis.plot(time, queue, drawstyle="steps-post", linewidth=1.2, **style)
+    ticks_at_integers(axis.yaxis)
+    axis.grid(alpha=0.3)
+
+
+def draw_latencies(axis: "Axes", run: "Run", ttft: str, e2e: str) -> None:
+    """A mark for each latency at the time at which it was recorded."""
+    requests = run.requests
+    for name, colour, marker in (("first_token_at", ttft, "x"), ("completed_at", e2e, "o")):
+        at = requests[name].values
+        recorded = ~np.isnan(at)
+        at, latency = at[recorded], (requests[name] - requests.enqueued_at).values[recorded]
+        many = at.size > MOST_MARKS
+        axis.plot(
+            at,
+            latency,
+            linestyle="none",
+            marker="," if many else marker,
+            markersize=float(np.clip(60 / np.sqrt(max(at.size, 1)), 1.0, 4.5)),
+            markeredgewidth=0.6 if marker == "x" else 0.0,
+            alpha=0.4 if many else 0.8,
+            color=colour,
+            rasterized=at.size > 2000,
+        )
+    axis.grid(alpha=0.3)

@@ -1,0 +1,38 @@
+"""What all pictures share: colours, labels, a figure that notebooks show by themselves."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+# Okabe and Ito's colours, told apart by the colour-blind too (https://jfly.uni-koeln.de/color/)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)))
+MARKERS = "osD^v<>"
+
+EMPTY, PREFILL, DECODE = "#ECECEC", "#E69F00", "#56B4E9"
+E2E, TTFT = "#D55E00", "#009E73"
+
+
+class Picture(Figure):
+    """A matplotlib figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def ticks_at_integers(axis: Any, only: bool = True) -> None:
+    """No ticks between whole numbers."""
+    axis.get_major_locator().set_params(integer=only)
+
+
+def label(array: "xr.DataArray", before: str = "") -> str:
+    """A name with its unit, from the attributes."""
+    name = before + array.attrs.get("long_name", str(array.name))
+    units = array.attrs.get("units", "1")
+    return name if units == "1" else f"{name} [{units}]"

@@ -1,0 +1,327 @@
+"""Pictures of sweeps, straight from the Dataset: names and units are its attributes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vecsim.kernel.state import Array
+from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, label, ticks_at_integers
+from vecsim.sweep.report import load_coord, median, other_dims, stable, texts
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+
+VARIABLES = ("token_throughput", "ttft")
+MOST_MAPS = 4  # side by side
+MOST_TICKS = 12
+
+
+def sweep(dataset: "xr.Dataset") -> Any:
+    """Throughput and tail TTFT: the picture that suits the dimensions.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `vecsim.sweep` or `vecsim.queue_growth`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        For queue growth its own picture. A `heat_map` if, beside the load, there is a dimension of more numbers than
+        there are colours (or, without a load, two of four numbers or more); else `lines`.
+    """
+    if "grows" in dataset:
+        from vecsim.plot.queues import queue_growth
+
+        return queue_growth(dataset)
+    load = load_coord(dataset)
+    numeric = numeric_dims(dataset, load)
+    longest = numeric[0] if numeric else None
+    if load is not None and longest is not None and dataset.sizes[longest] > len(COLOURS):
+        return heat_map(dataset, x=load, y=longest)
+    if load is None and len(numeric) > 1 and dataset.sizes[numeric[1]] > 3:
+        return heat_map(dataset, x=numeric[0], y=numeric[1])
+    return lines(dataset)
+
+
+def lines(
+    dataset: "xr.Dataset", x: str | None = None, variables: Sequence[str] = VARIABLES, stat: str | None = None
+) -> Any:
+    """A line for each combination, a band over seeds; a panel for each variable.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `vecsim.sweep`.
+    x : str, optional
+        Coordinate to draw along: the load, else the longest axis of numbers, unless given. Without any, a point is
+        drawn for each combination.
+    variables : sequence of str
+        What to draw.
+    stat : str, optional
+        Which statistic of variables that have several; the highest quantile unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The first other axis tells the colour, the second the kind of line, of each at most seven values, spread
+        evenly; of any more axes the first value is drawn. The title says what was left out.
+
+    Raises
+    ------
+    ValueError
+        When the Dataset has no such coordinate, variable or statistic.
+    """
+    if x is None:
+        x = load_coord(dataset) or next(iter(numeric_dims(dataset, None)), None)
+    else:
+        check_coord(dataset, x)
+    along = str(dataset[x].dims[0]) if x is not None else None
+    dims = other_dims(dataset, along)
+    shown, rest = dims[:2], dims[2:]
+    notes = [f"{dim}={texts(dataset, dim)[0]}" for dim in rest if dataset.sizes[dim] > 1]
+    drawn = dataset.isel(dict.fromkeys(rest, 0))
+    for dim in shown:
+        drawn = thin(drawn, dim, len(COLOURS), notes)
+    if along is not None:
+        drawn = drawn.sortby(x)
+
+    figure = Picture(figsize=(5.5 * len(variables), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(variables), squeeze=False)[0]
+    for axis, (array, name) in zip(panels, [pick(drawn, name, stat) for name in variables], strict=True):
+        for number, index in enumerate(np.ndindex(tuple(drawn.sizes[dim] for dim in shown))):
+            style: dict[str, Any] = {"color": COLOURS[index[0]] if index else COLOURS[0]}
+            style["linestyle"] = DASHES[index[1]] if len(index) > 1 else "-"
+            place = dict(zip(shown, index, strict=True))
+            if along is not None:
+                draw_line(axis, drawn[x].values, array.isel(place), along, style)
+            else:
+                draw_point(axis, number, array, place)
+        if x is not None:
+            axis.set_xlabel(label(dataset[x]))
+        else:
+            axis.set_xticks([])
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+        if array.isnull().all():
+            axis.text(0.5, 0.5, f"no value of {array.name}", ha="center", transform=axis.transAxes)
+        elif spans_decades(array.values):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=min(0.0, float(array.min())))
+    draw_legend(figure, drawn, shown, is_lines=along is not None)
+    title = [f"{dataset.attrs['time_limit']:g} ticks"]
+    if dataset.sizes.get("seed", 1) > 1:
+        title[0] += f"; line: median of {dataset.sizes['seed']} seeds, band: 10 % to 90 %"
+    figure.suptitle("; ".join(title + notes), fontsize="medium")
+    return figure
+
+
+def heat_map(
+    dataset: "xr.Dataset",
+    x: str | None = None,
+    y: str | None = None,
+    variables: Sequence[str] = VARIABLES,
+    stat: str | None = None,
+) -> Any:
+    """Colours over two axes; a row of maps for each variable, a column for each value of another axis.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `vecsim.sweep`.
+    x, y : str, optional
+        Coordinates; the load and the longest other axis of numbers unless given.
+    variables : sequence of str
+        What to draw.
+    stat : str, optional
+        Which statistic of variables that have several; the highest quantile unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Medians over seeds; the white line parts stable queues from growing ones. At most four
+        values of the third axis, spread evenly; of any more axes the first value is drawn. The title says what was
+        left out.
+
+    Raises
+    ------
+    ValueError
+        When the Dataset has no two axes, or no such coordinate, variable or statistic.
+    """
+    numeric = numeric_dims(dataset, None)
+    if x is None:
+        x = load_coord(dataset) or next((dim for dim in numeric if dim != y), None)
+    if y is None:
+        others = [*numeric, *other_dims(dataset, None)]
+        y = next((dim for dim in others if x is None or (dim != x and dim not in dataset[x].dims)), None)
+    if x is None or y is None:
+        raise ValueError(f"a heat map needs two axes, and the Dataset has {', '.join(other_dims(dataset, None))}")
+    check_coord(dataset, x)
+    check_coord(dataset, y)
+    along, across = str(dataset[x].dims[0]), str(dataset[y].dims[0])
+    if along == across:
+        raise ValueError(f"x and y must be along two dimensions, got {x} and {y}, both along {along}")
+    dims = [dim for dim in other_dims(dataset, along) if dim != across]
+    notes = [f"{dim}={texts(dataset, dim)[0]}" for dim in dims[1:] if dataset.sizes[dim] > 1]
+    drawn = dataset.isel(dict.fromkeys(dims[1:], 0))
+    if dims:
+        drawn = thin(drawn, dims[0], MOST_MAPS, notes)
+    drawn = drawn.sortby([name for name in (x, y) if drawn[name].dtype.kind in "iuf"])
+    columns = [{dims[0]: i} for i in range(drawn.sizes[dims[0]])] if dims else [{}]
+    names = texts(drawn, dims[0]) if dims else [""]
+    holds = stable(drawn)
+
+    figure = Picture(figsize=(2.2 + 3.6 * len(columns), 3.3 * len(variables) + 0.6), layout="constrained")
+    panels = figure.subplots(len(variables), len(columns), squeeze=False, sharex=True, sharey=True)
+    for row, (array, name) in zip(panels, [pick(drawn, name, stat) for name in variables], strict=True):
+        norm = norm_of(median(array).values)
+        for axis, place, text in zip(row, columns, names, strict=True):
+            values = median(array.isel(place)).transpose(across, along).values
+            right, up = positions(drawn[x].values), positions(drawn[y].values)
+            image = axis.pcolormesh(right, up, values, norm=norm, cmap="viridis", shading="nearest", rasterized=True)
+            edge = holds.isel(place).transpose(across, along).values
+            if min(edge.shape) > 1 and edge.any() and not edge.all():
+                axis.contour(right, up, edge.astype(float), levels=[0.5], colors="white", linewidths=1.5)
+            if axis in panels[0]:
+                axis.set_title(f"{dims[0].replace('_', ' ')}: {text}" if dims else "", fontsize="medium")
+            if axis in panels[-1]:
+                name_positions(axis.xaxis, drawn, x)
+            if axis is row[0]:
+                name_positions(axis.yaxis, drawn, y)
+        figure.colorbar(image, ax=list(row), label=name)
+    title = [f"{dataset.attrs['time_limit']:g} ticks; white line: where queues begin to grow"]
+    if dataset.sizes.get("seed", 1) > 1:
+        title[0] += f"; medians of {dataset.sizes['seed']} seeds"
+    figure.suptitle("; ".join(title + notes), fontsize="medium")
+    return figure
+
+
+def numeric_dims(dataset: "xr.Dataset", but: str | None) -> list[str]:
+    """Dimensions with more than one number as their coordinate, the longest first; not that of coordinate `but`."""
+    numeric = [
+        dim
+        for dim in other_dims(dataset, str(dataset[but].dims[0]) if but is not None else None)
+        if dim in dataset.coords and dataset[dim].dtype.kind in "iuf" and dataset.sizes[dim] > 1
+    ]
+    return sorted(numeric, key=lambda dim: -dataset.sizes[dim])
+
+
+def check_coord(dataset: "xr.Dataset", name: str) -> None:
+    """Raise a ValueError unless there is a coordinate of that name along one dimension."""
+    if name not in dataset.coords or dataset[name].ndim != 1 or name == "stat":
+        good = [str(coord) for coord in dataset.coords if dataset[coord].ndim == 1 and coord != "stat"]
+        raise ValueError(f"axis must be one of {', '.join(good)}, got {name!r}")
+
+
+def pick(dataset: "xr.Dataset", name: str, stat: str | None) -> "tuple[xr.DataArray, str]":
+    """A variable, of which one statistic is left, and its label."""
+    known = [str(other) for other in dataset.data_vars if "request" not in dataset[other].dims]
+    if name not in known:
+        raise ValueError(f"variable must be one of {', '.join(known)}, got {name!r}")
+    array = dataset[name]
+    if "stat" not in array.dims:
+        return array, label(array)
+    stats = [str(value) for value in dataset.stat.values]
+    stat = stats[-2] if stat is None else stat
+    if stat not in stats:
+        raise ValueError(f"stat must be one of {', '.join(stats)}, got {stat!r}")
+    return array.sel(stat=stat), label(array, f"{stat} ")
+
+
+def thin(dataset: "xr.Dataset", dim: str, most: int, notes: list[str]) -> "xr.Dataset":
+    """At most so many places along a dimension, spread evenly; what is left out is noted."""
+    size = dataset.sizes[dim]
+    if size <= most:
+        return dataset
+    notes.append(f"{most} of {size} values of {dim}")
+    return dataset.isel({dim: np.linspace(0, size - 1, most).round().astype(int)})
+
+
+def spans_decades(values: Array) -> bool:
+    """Whether values are positive and far apart: better seen on a logarithmic scale."""
+    some = values[np.isfinite(values)]
+    return some.size > 0 and some.min() > 0 and some.max() > 30 * some.min()
+
+
+def norm_of(values: Array) -> Any:
+    """The scale of colours, logarithmic for values that span decades."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    some = values[np.isfinite(values)]
+    if some.size == 0:
+        return Normalize(0, 1)
+    return (LogNorm if spans_decades(values) else Normalize)(some.min(), some.max())
+
+
+def positions(values: Array) -> Array:
+    """Where values lie on an axis: themselves if evenly spaced numbers, else their order."""
+    if values.dtype.kind in "iuf" and values.size > 2:
+        gaps = np.diff(values)
+        if gaps[0] > 0 and np.allclose(gaps, gaps[0], rtol=1e-6):
+            return values
+    return np.arange(values.size)
+
+
+def name_positions(axis: Any, dataset: "xr.Dataset", name: str) -> None:
+    """Name an axis, and its ticks where positions aren't the values themselves."""
+    axis.set_label_text(label(dataset[name]))
+    values = dataset[name].values
+    at = positions(values)
+    if at is values:
+        ticks_at_integers(axis, values.dtype.kind != "f")
+    else:
+        some = np.unique(np.linspace(0, at.size - 1, min(at.size, MOST_TICKS)).round().astype(int))
+        axis.set_ticks(at[some], [texts(dataset, name)[i] if name in dataset.dims else f"{values[i]:g}" for i in some])
+
+
+def band_over_seeds(array: "xr.DataArray") -> Array:
+    """10 %, 50 % and 90 % quantiles over seeds [3, ...]; NaN where a seed has no value."""
+    if "seed" not in array.dims:
+        return np.stack([array.values] * 3)
+    values = array.transpose("seed", ...).values
+    band = np.full((3, *values.shape[1:]), np.nan)
+    complete = ~np.isnan(values).any(axis=0)
+    band[:, complete] = np.quantile(values[:, complete], (0.1, 0.5, 0.9), axis=0)
+    return band
+
+
+def draw_line(axis: "Axes", x: Array, array: "xr.DataArray", along: str, style: dict[str, Any]) -> None:
+    """The median over seeds, with a band from their 10 % to their 90 % quantile."""
+    low, middle, high = band_over_seeds(array.transpose(..., along))
+    if "seed" in array.dims:
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axis.plot(x, middle, **style, marker="o" if x.size <= 12 else "", markersize=3)
+
+
+def draw_point(axis: "Axes", x: int, array: "xr.DataArray", place: dict[str, int]) -> None:
+    """The median over seeds, with a bar from their 10 % to their 90 % quantile."""
+    low, middle, high = band_over_seeds(array.isel(place))
+    colours = list(place.values())
+    axis.errorbar(
+        [x],
+        [middle],
+        [[middle - low], [high - middle]],
+        color=COLOURS[colours[0]] if colours else COLOURS[0],
+        marker=MARKERS[colours[1]] if len(colours) > 1 else "o",
+    )
+
+
+def draw_legend(figure: Picture, drawn: "xr.Dataset", shown: list[str], is_lines: bool) -> None:
+    """Colours, then kinds of line (or of marker), to the right of the panels."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for place, dim in enumerate(shown):
+        handles.append(Line2D([], [], linestyle="none", label=dim.replace("_", " ")))
+        for i, text in enumerate(texts(drawn, dim)):
+            colour = COLOURS[i] if place == 0 else "0.3"
+            if is_lines:
+                handles.append(Line2D([], [], color=colour, linestyle="-" if place == 0 else DASHES[i], label=text))
+            else:
+                marker = "o" if place == 0 else MARKERS[i]
+                handles.append(Line2D([], [], color=colour, linestyle="none", marker=marker, label=text))
+    if handles:
+        figure.legend(handles=handles, loc="outside right center", frameon=False)
