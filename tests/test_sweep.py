@@ -312,7 +312,7 @@ def test_an_ambiguous_axis_is_refused_with_the_candidates():
     ("keywords", "message"),
     [
         ({"threads": 0}, "threads must be a whole number >= 1, got 0"),
-        ({"keep": "steps"}, 'keep must be "requests" or left out'),
+        ({"keep": "steps"}, 'keep must be "requests", "queue" or left out'),
         ({"warmup": 100}, "warmup must be >= 0 and < time_limit (100), got 100"),
     ],
 )

@@ -94,6 +94,8 @@ def lines(
         for number, index in enumerate(np.ndindex(tuple(drawn.sizes[dim] for dim in shown))):
             style: dict[str, Any] = {"color": COLOURS[index[0]] if index else COLOURS[0]}
             style["linestyle"] = DASHES[index[1]] if len(index) > 1 else "-"
+            # The first lines are the widest, so that those drawn over them hide none.
+            style["linewidth"] = 1.5 + 0.4 * (drawn.sizes[shown[0]] - 1 - index[0]) if index else 1.5
             place = dict(zip(shown, index, strict=True))
             if along is not None:
                 draw_line(axis, drawn[x].values, array.isel(place), along, style)

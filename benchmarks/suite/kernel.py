@@ -1,0 +1,59 @@
+"""The kernels: what a step and a request cost, beside the reference's way."""
+
+from suite import cases
+
+
+class Throughput:
+    """Sweeps with all metrics on, two threads."""
+
+    params = list(cases.THROUGHPUT)
+    param_names = ["sweep"]
+    timeout = 300
+
+    def setup(self, sweep):
+        self.case = cases.THROUGHPUT[sweep]
+        self.case.completed(2)  # compiles
+
+    def time_sweep(self, sweep):
+        self.case.completed(2)
+
+    def track_completed(self, sweep):
+        return cases.rates(self.case, 2, 1 if cases.TINY else 5)[0]
+
+    track_completed.unit = "completed requests/s"
+
+    def track_literal_ratio(self, sweep):
+        ours, literal = cases.rates(self.case, 2, 1 if cases.TINY else 5)
+        return ours / literal
+
+    track_literal_ratio.unit = "x the literal loop"
+
+
+class Step:
+    """The cost of a step, whatever the slots."""
+
+    params = [4, 64, 1024, 4096]
+    param_names = ["slots"]
+
+    def setup(self, slots):
+        self.case = cases.flat(slots)
+        self.case.completed(1)
+
+    def track_step(self, slots):
+        steps = self.case.ticks * len(self.case.axes["seed"])
+        return 1e9 * cases.seconds(lambda: self.case.completed(1), 1 if cases.TINY else 3) / steps
+
+    track_step.unit = "ns/step"
+
+
+class OwnRule:
+    """A user's own batcher beside the built-in one of the same rule."""
+
+    params = [["4 slots", "64 slots"], [0, 1, 2]]
+    param_names = ["sweep", "rule"]
+    timeout = 300
+
+    def track_speed(self, sweep, rule):
+        return cases.own_rule_speed(sweep, rule, 1 if cases.TINY else 10)
+
+    track_speed.unit = "x the built-in batcher"

@@ -1,0 +1,72 @@
+"""Draw the pictures of the README and of the pages in this folder: `uv run python docs/pictures.py [FOLDER]`."""
+
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+
+import vecsim as sim
+
+
+@numba.njit
+def prefill_budget(batch):
+    """As many prefills as fit in the time of a token, so that nobody's token is late."""
+    chunk = batch.prefill_time / batch.total_prefill_chunks
+    room = int(max(batch.itl, 1.0) / chunk) - batch.prefilling
+    return min(max(room, 0), batch.free)
+
+
+BATCHERS = [sim.StaticBatcher(), sim.IFBatcher(), sim.IFBatcherWithOnePrefillOnly()]
+LENGTHS = {"target_output_len_tokens": 10, "target_output_len_std": 5}
+
+
+def runs():
+    """Four strategies, one hundred requests, one hundred ticks."""
+    done = []
+    for batcher, chunks in ((BATCHERS[0], 1), (BATCHERS[1], 1), (BATCHERS[1], 2), (BATCHERS[2], 2)):
+        load = sim.BatchLoadGenerator(initial_batch=100, total_prefill_chunks=chunks, seed=42, **LENGTHS)
+        done.append(sim.Engine(max_batch_size=4, load_generator=load, batcher=batcher).run(time_limit=100))
+    return sim.plot.compare(
+        done, ["static", "in-flight", "in-flight, chunked context", "one prefill at a time, chunked"]
+    )
+
+
+def sweep():
+    """Throughput and tail TTFT against the load."""
+    engine = sim.Engine(max_batch_size=4, load_generator=sim.PoissonLoadGenerator(**LENGTHS))
+    rates = np.linspace(0.05, 0.5, 46)
+    axes = {"batcher": BATCHERS, "total_prefill_chunks": [1, 2], "request_rate": rates, "seed": range(32)}
+    return sim.plot.sweep(sim.sweep(engine, 10_000, **axes))
+
+
+def slots():
+    """How many slots which load needs."""
+    engine = sim.Engine(load_generator=sim.PoissonLoadGenerator(total_prefill_chunks=2, **LENGTHS))
+    rates = np.linspace(0.02, 0.7, 35)
+    axes = {"batcher": BATCHERS, "max_batch_size": range(1, 21), "request_rate": rates, "seed": range(8)}
+    return sim.plot.sweep(sim.sweep(engine, 10_000, **axes))
+
+
+def policy():
+    """A policy of five lines against the built-in ones."""
+    engine = sim.Engine(
+        max_batch_size=8, load_generator=sim.PoissonLoadGenerator(prefill_time=2, total_prefill_chunks=4, **LENGTHS)
+    )
+    axes = {"batcher": [*BATCHERS, prefill_budget], "request_rate": np.linspace(0.05, 0.7, 40), "seed": range(16)}
+    ds = sim.sweep(engine, 10_000, **axes)
+    return sim.plot.lines(ds, variables=["token_throughput", "ttft", "itl"])
+
+
+PICTURES = {"runs": runs, "sweep": sweep, "slots": slots, "policy": policy}
+
+
+def main():
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    for name, draw in PICTURES.items():
+        draw().savefig(folder / f"{name}.png", dpi=90)
+        print(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
