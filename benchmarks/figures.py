@@ -13,117 +13,51 @@ import sys
 import tempfile
 import time
 
-import literal
 import numpy as np
-import xarray as xr
-
-import vecsim as sim
-
-SHORT = {"target_output_len_tokens": 10, "target_output_len_std": 5}
-LONG = {"target_output_len_tokens": 200, "target_output_len_std": 100}
-ONE, IFB = sim.IFBatcherWithOnePrefillOnly(), sim.IFBatcher()
-
-
-def own_seeds(rates, count):
-    """Every scenario has a seed of its own."""
-    return {
-        "request_rate": xr.DataArray(np.linspace(*rates, count), dims="scenario"),
-        "seed": xr.DataArray(np.arange(count), dims="scenario"),
-    }
-
-
-def grid(rates, number, seeds):
-    return {"request_rate": np.linspace(*rates, number), "seed": range(seeds)}
-
-
-# name, floor [completed requests/s], slots, batcher, load, axes, ticks
-THROUGHPUT = [
-    ("4 slots, one prefill", 5e7, 4, ONE, {"total_prefill_chunks": 2, **SHORT}, grid((0.45, 0.47), 125, 32), 10_000),
-    (
-        "64 slots, in-flight", 5e7, 64, IFB, {"total_prefill_chunks": 2, "prefill_time": 0.2, **SHORT},
-        grid((4.9, 5.1), 125, 16), 2_000,
-    ),
-    ("256 slots, long outputs", 3e7, 256, IFB, {"prefill_time": 0.2, **LONG}, grid((1.19, 1.21), 50, 8), 10_000),
-    (
-        "4 slots, a seed each", 2e7, 4, ONE, {"total_prefill_chunks": 2, **SHORT},
-        own_seeds((0.45, 0.47), 4_000), 10_000,
-    ),
-]  # fmt: skip
-
-
-def best(function, repeat):
-    """The shortest of several times [s], and what the function returned."""
-    times = []
-    for _ in range(repeat):
-        begin = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - begin)
-    return min(times), result
-
-
-def literal_scenarios(slots, batcher, load, axes, ticks, most):
-    """Some of the scenarios of a sweep, as the literal loop takes them."""
-    rates = np.asarray(axes["request_rate"])
-    load = sim.RequestRateLoadGenerator(**load)
-    stream = np.random.RandomState(0).normal(load.target_output_len_tokens, load.target_output_len_std, 10**6)
-    lengths = np.maximum(stream, 1).astype(np.int64)
-    scenarios = []
-    for i in range(most):
-        rate = rates[i * rates.size // most]
-        due = (np.arange(int(ticks * rate)) + 1) / rate
-        scenarios.append(
-            (batcher == ONE, slots, load.prefill_time, load.itl, load.total_prefill_chunks, due, lengths, float(ticks))
-        )
-    return scenarios
+from suite import cases, literal
 
 
 def throughput(repeat, threads):
     print(f"\n### Sweeps, all metrics on, drawing included, {threads} threads\n")
     print("| sweep | scenarios | completed requests/s | floor | literal loop | ratio |")
     print("|---|---|---|---|---|---|")
-    for name, floor, slots, batcher, load, axes, ticks in THROUGHPUT:
-        engine = sim.Engine(max_batch_size=slots, batcher=batcher, load_generator=sim.RequestRateLoadGenerator(**load))
-        some = literal_scenarios(slots, batcher, load, axes, ticks, max(2, min(200, 400_000 // (slots * 20))))
-
-        def ours(engine=engine, ticks=ticks, axes=axes):
-            return int(sim.sweep(engine, ticks, progress=False, threads=threads, **axes).completed.sum())
-
-        def theirs(some=some):
-            return literal.run_all(some, threads)
-
-        ours(), theirs()
-        our_rate = their_rate = 0.0
-        for _ in range(repeat):
-            seconds, completed = best(ours, 1)
-            our_rate = max(our_rate, completed / seconds)
-            seconds, completed = best(theirs, 1)
-            their_rate = max(their_rate, completed / seconds)
-        scenarios = sim.sweep(engine, 10, progress=False, **axes).completed.size
+    for case in cases.THROUGHPUT.values():
+        ours, theirs = cases.rates(case, threads, repeat)
+        sizes = {dim: size for axis in case.axes.values() for dim, size in sized(axis)}
+        scenarios = np.prod(list(sizes.values()))
         print(
-            f"| {name} | {scenarios:,} | {our_rate:.2e} | {floor:.0e} | {their_rate:.2e} "
-            f"| {our_rate / their_rate:.1f} x |",
+            f"| {case.title} | {scenarios:,} | {ours:.2e} | {case.floor:.0e} | {theirs:.2e} | {ours / theirs:.1f} x |",
             flush=True,
         )
+
+
+def sized(axis):
+    """(dimension, length) of an axis."""
+    return axis.sizes.items() if hasattr(axis, "sizes") else [(id(axis), len(axis))]
+
+
+def own_rules(repeat):
+    print("\n### A user's own batcher: its speed over that of the built-in one of the same rule, one thread\n")
+    print("| sweep | static | in-flight | one prefill |")
+    print("|---|---|---|---|")
+    for slots in ("4 slots", "64 slots"):
+        cells = [f"{cases.own_rule_speed(slots, twin, repeat):.2f}" for twin in range(3)]
+        print(f"| {slots} | {' | '.join(cells)} |", flush=True)
 
 
 def flatness(repeat):
     print("\n### Cost of a step against slots: rate 0.46, 2 chunks, lengths 10 +- 5, 100,000 ticks, one thread\n")
     print("| slots | ns a step, all metrics on | literal loop, ns a step |")
     print("|---|---|---|")
-    load = {"total_prefill_chunks": 2, "prefill_time": 0.2, **SHORT}
     for slots in (4, 16, 64, 256, 1024, 4096):
-        engine = sim.Engine(max_batch_size=slots, load_generator=sim.RequestRateLoadGenerator(**load))
-
-        def ours(engine=engine):
-            axes = {"request_rate": [0.46], "seed": range(20)}
-            return int(sim.sweep(engine, 100_000, progress=False, threads=1, **axes).steps.sum())
-
+        case = cases.flat(slots)
+        steps = case.ticks * len(case.axes["seed"])
         shorter = max(200, 100_000 // slots)
-        some = literal_scenarios(slots, IFB, load, {"request_rate": [0.46]}, shorter, 2)
-        ours(), literal.run_all(some, 1)
-        seconds, steps = best(ours, repeat)
-        theirs, _ = best(lambda some=some: literal.run_all(some, 1), repeat)
-        print(f"| {slots:,} | {seconds / steps * 1e9:.1f} | {theirs / (2 * shorter) * 1e9:,.0f} |", flush=True)
+        some = case._replace(ticks=shorter).literal(2)
+        case.completed(1), literal.run_all(some, 1)
+        ours = cases.seconds(lambda case=case: case.completed(1), repeat)
+        theirs = cases.seconds(lambda some=some: literal.run_all(some, 1), repeat)
+        print(f"| {slots:,} | {ours / steps * 1e9:.1f} | {theirs / (2 * shorter) * 1e9:,.0f} |", flush=True)
 
 
 def child(code, **environment):
@@ -181,6 +115,36 @@ print(f"| `Engine.run(time_limit=10_000)`, warm: median of 50 | {sorted(times)[2
 print(f"| the same, its three Datasets made as well | {everything * 1e3:.1f} ms | |")
 """
 
+PICTURES = """
+import time
+import numpy as np
+import vecsim as sim
+load = sim.PoissonLoadGenerator(
+    request_rate=1.2, prefill_time=0.2, target_output_len_tokens=200, target_output_len_std=100)
+run = sim.Engine(max_batch_size=256, load_generator=load).run(10_000)
+run.plot()._repr_png_()
+begin = time.perf_counter()
+size = len(run.plot()._repr_png_())
+seconds = time.perf_counter() - begin
+print(f"| `run.plot()` of 256 slots x 10,000 ticks, PNG | {seconds:.2f} s, {size / 1e6:.1f} MB | < 2 s |")
+run.plot(interactive=True).to_html()
+begin = time.perf_counter()
+size = len(run.plot(interactive=True).to_html())
+seconds = time.perf_counter() - begin
+print(f"| the same, interactive, HTML | {seconds:.2f} s, {size / 1e6:.1f} MB (plotly itself: 4.8) | |")
+"""
+
+OWN_RULE = """
+import numba, time
+import vecsim as sim
+engine = sim.Engine(load_generator=sim.RequestRateLoadGenerator(target_output_len_tokens=10))
+sim.sweep(engine, 1000, progress=False, seed=range(2))
+sim.sweep(engine, 1000, progress=False, seed=range(2), batcher=numba.njit(lambda batch: batch.free // 2))
+begin = time.perf_counter()
+sim.sweep(engine, 1000, progress=False, seed=range(2), batcher=numba.njit(lambda batch: batch.free))
+print(f"| a batcher of one's own: to the end of its first sweep | {time.perf_counter() - begin:.1f} s | |")
+"""
+
 IMPORT = """
 import sys, time
 begin = time.perf_counter()
@@ -207,6 +171,8 @@ def latencies(repeat):
         cold, _ = child(FIRST, VECSIM_CACHE_DIR=folder)
     print(f"| the same with a cold cache: all kernels of a sweep compiled | {cold:.1f} s | < 20 s |", flush=True)
     print(child(SINGLE)[1], end="", flush=True)
+    print(child(OWN_RULE)[1], end="", flush=True)
+    print(child(PICTURES)[1], end="", flush=True)
     print(child(MILLION)[1], end="", flush=True)
 
 
@@ -221,6 +187,7 @@ def main():
         f"{platform.python_version()}, numba {numba.__version__}, NumPy {np.__version__}."
     )
     throughput(repeat, 2)
+    own_rules(min(repeat, 10))
     flatness(min(repeat, 3))
     latencies(min(repeat, 3))
 

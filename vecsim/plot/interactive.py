@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vecsim.run import Run
 
 # Slots x columns of the picture, each some 40 bytes of the file; a longer run is sampled.
-MOST_CELLS = 70_000
+MOST_CELLS = 60_000
 MOST_POINTS = 20_000  # of a line, or of a kind of mark
 
 
@@ -128,9 +128,9 @@ def draw(run: "Run") -> Any:
         recorded = recorded[np.linspace(0, recorded.size - 1, min(recorded.size, MOST_POINTS)).astype(int)]
         figure.add_trace(
             go.Scattergl(
-                x=requests[at].values[recorded],
-                y=(requests[at] - requests.enqueued_at).values[recorded],
-                customdata=recorded,
+                x=requests[at].values[recorded].astype(np.float32),
+                y=(requests[at] - requests.enqueued_at).values[recorded].astype(np.float32),
+                customdata=recorded.astype(np.int32),
                 mode="markers",
                 name=name,
                 marker={"color": colour, "symbol": symbol, "size": 5 if recorded.size < 1000 else 2},
