@@ -4,8 +4,11 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 
 from vecsim.sweep.__main__ import parser
@@ -40,6 +43,14 @@ def test_every_picture_and_page_linked_is_there():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_picture_is_drawn_by_the_script(tmp_path):
+    subprocess.run([sys.executable, README.parent / "docs" / "pictures.py", tmp_path], check=True, capture_output=True)
+    for path in (README.parent / "docs").glob("*.png"):
+        drawn, shown = (matplotlib.image.imread(place) for place in (tmp_path / path.name, path))
+        assert drawn.std() > 0.05
+        assert drawn.shape == shown.shape
 
 
 def test_the_spec_shown_can_be_read(tmp_path):

@@ -21,10 +21,8 @@ from vecsim.kernel.tick import make_simulate
 COUNT, TIME = numba.int64, numba.float64
 BATCH = numba.typeof(Batch(*(field(0) for field in Batch.__annotations__.values())))
 
-_TIMES, _COUNTS, _SMALL_COUNTS, _BYTES = (
-    numba.typeof(np.empty(0, kind)) for kind in (np.float64, np.int64, np.int32, np.uint8)
-)
-_REQUESTS = numba.typeof(Requests(np.empty(0), *(np.empty(0, np.int32) for _ in range(3))))
+TIMES, COUNTS, BYTES = (numba.typeof(np.empty(0, kind)) for kind in (np.float64, np.int64, np.uint8))
+REQUESTS = numba.typeof(Requests(np.empty(0), *(np.empty(0, np.int32) for _ in range(3))))
 
 # The step loop's arguments, in its order
 ARGUMENTS = (
@@ -37,12 +35,12 @@ ARGUMENTS = (
     COUNT,  # target
     TIME,  # time_limit
     TIME,  # warmup
-    _REQUESTS,
-    _TIMES,  # time
-    _COUNTS,  # calendar
-    _TIMES,  # prefill_sum
-    _COUNTS,  # itl_samples
-    _BYTES,  # stop
+    REQUESTS,
+    TIMES,  # time
+    COUNTS,  # calendar
+    TIMES,  # prefill_sum
+    COUNTS,  # itl_samples
+    BYTES,  # stop
 )
 
 
