@@ -90,6 +90,8 @@ def wrong(source, batch="batch"):
         (wrong("nothing(batch)"), "can't be compiled for a batch: NameError: name 'nothing' is not defined"),
         (wrong("batch.free / 2"), "must return a whole number on every path, got float64"),
         (wrong("batch.free if batch.queued > 1 else None"), "must return a whole number on every path, got Option"),
+        (numba.njit("int64(int64)")(lambda x: x), "can't be compiled for a batch: compilation disabled"),
+        (numba.njit(parallel=True)(lambda batch: batch.free), "must not be compiled with parallel=True"),
         ("nosuch:rule", "rule must be a jitted function or \"module:name\", got 'nosuch:rule': No module named"),
         ("policies:nosuch", "got 'policies:nosuch': module 'policies' has no attribute 'nosuch'"),
         ("math:floor", "rule must be compiled with numba.njit, got <built-in function floor>"),
@@ -120,6 +122,23 @@ def test_a_rule_that_fails_as_it_runs_says_which_and_how(rule, message, seeds):
     with pytest.raises(ValueError, match=message):
         sim.sweep(ENGINE, 200, progress=False, batcher=[sim.IFBatcher(), rule], seed=range(seeds))
     sim.sweep(ENGINE, 200, progress=False, batcher=[sim.IFBatcher()], seed=range(seeds))  # and all is well again
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint64, np.bool_])
+def test_any_whole_number_will_do(kind):
+    ours = engine_of(numba.njit(lambda batch: kind(batch.prefilling == 0))).run(300)
+    xr.testing.assert_equal(ours.requests, engine_of(sim.IFBatcherWithOnePrefillOnly()).run(300).requests)
+
+
+def test_rules_of_one_name_are_numbered():
+    rules = [wrong("1"), wrong("batch.free"), wrong("0")]
+    ds = sim.sweep(ENGINE, 50, progress=False, batcher=[*rules, rules[1]])
+    assert ds.batcher.values.tolist() == ["<lambda>", "<lambda> #2", "<lambda> #3", "<lambda> #2"]
+
+
+def test_a_rule_that_nobody_could_import_is_not_written_down():
+    with pytest.raises(ValueError, match="can't be written down: define the function at the top of a module"):
+        engine_of(wrong("1")).to_toml()
 
 
 def test_a_wrong_answer_where_no_slot_is_free_has_no_meaning():

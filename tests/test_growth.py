@@ -72,6 +72,16 @@ def test_the_long_run_goes_on_where_the_stream_of_lengths_stopped():
     np.testing.assert_array_equal(later.requests.arrived_at, run.requests.arrived_at)
 
 
+def test_an_offset_of_the_load_is_added_to_whoever_declares_it():
+    load = sim.PoissonLoadGenerator(request_rate=0.3, stream_offset=1000, **COMMON)
+    expected = sim.queue_growth(engine(load), 100, 1000, progress=False)
+    base = engine(sim.PoissonLoadGenerator())
+    pinned = sim.queue_growth(base, 100, 1000, progress=False, load_generator=load)
+    listed = sim.queue_growth(base, 100, 1000, progress=False, load_generator=[load])
+    xr.testing.assert_equal(pinned, expected)
+    xr.testing.assert_equal(listed.isel(load_generator=0, drop=True), expected)
+
+
 def test_the_kept_queue_is_that_of_the_steps():
     load = sim.PoissonLoadGenerator(request_rate=0.4, **COMMON)
     ds = sim.sweep(engine(load), 300, progress=False, keep="queue", seed=[1, 2], max_batch_size=[2, 40])
@@ -104,9 +114,13 @@ def test_a_dataset_of_it_is_written_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"short": 100, "long": 100}, "long must be > short"),
+        ({"short": 100, "long": 100}, "must be > short"),
         ({"short": 0}, "time_limit must be > 0"),
-        ({"stream_offset": [1, 2]}, "stream_offset can't be an axis here"),
+        ({"stream_offset": [1, 2]}, "stream_offset can't be given here"),
+        ({"warmup": 5}, "warmup can't be given here"),
+        ({"keep": "requests"}, "keep can't be given here"),
+        ({"short": [1, 2]}, "time_limit must be a number"),
+        ({"max_batch_size": xr.DataArray([1, 2], dims="seed")}, "dimension 'seed' must have another name"),
         ({"request_rte": [1]}, "unknown axis 'request_rte'; did you mean request_rate"),
     ],
 )

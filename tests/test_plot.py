@@ -33,7 +33,8 @@ def test_a_sweep_is_drawn_with_a_line_for_each_combination_and_a_band_over_seeds
     )
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == [
-        "batcher", "StaticBatcher", "IFBatcher", "IFBatcherWithOnePrefillOnly", "total prefill chunks", "1", "2",
+        "batcher", "StaticBatcher", "IFBatcher", "IFBatcherWithOnePrefillOnly",
+        "total prefill chunks [chunks]", "1", "2",
     ]  # fmt: skip
     image = pixels(figure)
     assert image.std() > 0.05
@@ -134,11 +135,18 @@ def test_a_heat_map_of_uneven_numbers_and_of_texts_names_its_places():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda ds: plot.lines(ds, x="rate"), "axis must be one of request_rate, batcher, got 'rate'"),
+        (lambda ds: plot.lines(ds, x="rate"), "x must be one of request_rate, batcher, got 'rate'"),
+        (lambda ds: plot.lines(ds, x="seed"), "x must be one of request_rate, batcher, got 'seed'"),
+        (lambda ds: plot.heat_map(ds, y="nope"), "y must be one of request_rate, batcher, got 'nope'"),
+        (lambda ds: plot.lines(ds, variables=[]), "variables must be one or more names"),
+        (lambda ds: plot.sweep(ds.ttft), "dataset must be one from vecsim.sweep or vecsim.queue_growth, got DataArray"),
         (lambda ds: plot.lines(ds, variables=["tftt"]), "variable must be one of e2e, ttft, .* got 'tftt'"),
         (lambda ds: plot.lines(ds, stat="p98"), "stat must be one of mean, .* got 'p98'"),
         (lambda ds: plot.heat_map(ds, x="batcher", y="batcher"), "x and y must be along two dimensions"),
-        (lambda ds: plot.heat_map(ds.isel(batcher=0, drop=True)), "needs two axes, and the Dataset has request_rate"),
+        (
+            lambda ds: plot.heat_map(ds.isel(batcher=0, drop=True)),
+            "needs two axes along two dimensions: the Dataset has request_rate",
+        ),
         (plot.queue_growth, "a Dataset from vecsim.queue_growth is needed"),
     ],
 )
@@ -162,3 +170,35 @@ def test_stable_and_growing_queues_are_drawn_apart():
     )
     assert "gains more than there are slots" in figure.get_suptitle()
     assert pixels(figure).std() > 0.05
+
+
+def test_a_heat_map_of_one_row_or_over_zipped_axes_is_drawn():
+    ds = sim.sweep(ENGINE, 100, progress=False, batcher=BATCHERS[:1], request_rate=[0.1, 0.2, 0.3])
+    figure = plot.heat_map(ds)
+    assert figure.axes[0].get_ylim() == (-0.5, 0.5)
+    zipped = {name: xr.DataArray([1, 2], dims="p") for name in ("prefill_time", "max_batch_size")}
+    ds = sim.sweep(ENGINE, 100, progress=False, **zipped, request_rate=[0.1, 0.2, 0.3])
+    assert plot.heat_map(ds).axes[0].get_ylabel() == "prefill time [ticks]"
+
+
+def test_what_varies_along_with_an_axis_is_said():
+    size = {"request_rate": xr.DataArray([0.1, 0.2], dims="size"), "max_batch_size": xr.DataArray([2, 4], dims="size")}
+    ds = sim.sweep(ENGINE, 100, progress=False, **size, batcher=BATCHERS)
+    assert "max_batch_size varies with request_rate" in plot.lines(ds).get_suptitle()
+
+
+def test_texts_stay_in_the_order_of_the_axis():
+    ds = sim.sweep(ENGINE, 100, progress=False, batcher=BATCHERS, request_rate=[0.1, 0.2])
+    assert plot.lines(ds, x="batcher", variables="utilization").axes[0].lines[0].get_xdata().tolist() == list(
+        ds.batcher.values
+    )
+
+
+def test_the_thinned_queues_of_several_batchers_can_be_compared():
+    axes = {"batcher": BATCHERS, "request_rate": np.linspace(0.05, 0.4, 12)}
+    figure = plot.queue_growth(sim.queue_growth(ENGINE, 50, 500, progress=False, **axes))
+    names = [text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]
+    rates = [name.partition("request_rate=")[2] for name in names]
+    assert len(names) == 12
+    assert {rates.count(rate) for rate in rates} == {3}
+    assert "4 of 12 values of request_rate" in figure.get_suptitle()

@@ -143,20 +143,27 @@ def test_a_run_in_which_nothing_happens_is_drawn():
 
 def test_several_runs_are_compared_on_one_time_axis_and_named_by_what_differs():
     figure = plot.compare(RUNS)
-    assert [axis.get_title(loc="left") for axis in figure.axes[:4]] == [
+    assert [axis.get_title(loc="left").strip() for axis in figure.axes[:4]] == [
         "StaticBatcher, total_prefill_chunks=1",
         "IFBatcher, total_prefill_chunks=1",
         "IFBatcher, total_prefill_chunks=2",
         "IFBatcherWithOnePrefillOnly, total_prefill_chunks=2",
     ]
-    assert [axis.get_title(loc="right").split(" requests")[0] for axis in figure.axes[:4]] == ["19", "27", "31", "36"]
+    told = [
+        next(text.get_text() for text in axis.texts if "requests done" in text.get_text()) for axis in figure.axes[:4]
+    ]
+    assert [text.split()[0] for text in told] == ["19", "27", "31", "36"]
     queue, latency = figure.axes[4:]
     assert len(queue.lines) == 4
     assert len({line.get_color() for line in queue.lines}) == 4
     assert len(latency.lines) == 8
     assert len({axis.get_xlim() for axis in figure.axes}) == 1
     assert pixels(figure).std() > 0.1
-    assert plot.compare(RUNS[:1], ["one"]).axes[0].get_title(loc="left") == "one"
+    assert plot.compare(RUNS[:1], ["one"]).axes[0].get_title(loc="left").strip() == "one"
+    twins = plot.compare([RUN, RUN])
+    assert [axis.get_title(loc="left").strip() for axis in twins.axes[:2]] == ["1", "2"]
+    with pytest.raises(ValueError, match=r"runs must be a list of what Engine\.run returns, got None among them"):
+        plot.compare([RUN, None])
     with pytest.raises(ValueError, match="labels must be one for each of 2 runs, got 1"):
         plot.compare(RUNS[:2], ["one"])
     with pytest.raises(ValueError, match="runs must be 1 to 7, got 0"):

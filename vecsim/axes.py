@@ -43,10 +43,13 @@ class Axis(NamedTuple):
             if len(same) > 1 and all(isinstance(value, Declaration) for value in declared):
                 for i, differing in zip(same, differing_fields(declared), strict=True):
                     texts[i] = f"{name}({differing})" if differing else name
+        numbers: dict[str, list[Any]] = {}  # the different values of each text
         for i, text in enumerate(texts):
-            same = [j for j in range(i) if texts[j] == text and values[j] != values[i]]
-            if same:
-                texts[i] = f"{text} #{len(same) + 1}"
+            others = numbers.setdefault(text, [])
+            if values[i] not in others:
+                others.append(values[i])
+            if (number := others.index(values[i]) + 1) > 1:
+                texts[i] = f"{text} #{number}"
         return np.array(texts).reshape(self.values.shape)
 
 
@@ -179,6 +182,8 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
                 if dim in coords and not np.array_equal(coords[dim], values):
                     raise ValueError(f"axes along {dim!r} must have the same coordinate there")
                 coords[dim] = values
+    if "seed" in sizes and not any(axis.dims == ("seed",) and axis.name == "seed" for axis in planned):
+        raise ValueError("dimension 'seed' must have another name: it is for an axis over seed")
     for axis in planned:
         if axis.name in sizes and axis.dims != (axis.name,):
             raise ValueError(f"axis {axis.name!r} must not be a dimension of another axis as well")

@@ -100,6 +100,8 @@ def named_rule(name: str) -> Any:
     """
     module, _, path = name.partition(":")
     try:
+        if not RULE_NAME.fullmatch(name):
+            raise ValueError("it has no module or no name")
         return operator.attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f'rule must be a jitted function or "module:name", got {shown(name)}: {error}') from None
@@ -120,12 +122,16 @@ def check_rule(rule: Any) -> None:
     if not isinstance(rule, Dispatcher):
         hint = f": write @numba.njit above `def {rule.__name__}`" if hasattr(rule, "__name__") else ""
         raise ValueError(f"rule must be compiled with numba.njit, got {shown(rule)}{hint}")
+    if rule.targetoptions.get("parallel"):
+        raise ValueError(
+            f"rule {rule.py_func.__name__} must not be compiled with parallel=True: scenarios share the threads"
+        )
     from vecsim.kernel.custom import return_type
 
     name = rule.py_func.__name__
     try:
         returned = return_type(rule)
-    except (NumbaError, TypeError) as error:
+    except (NumbaError, TypeError, RuntimeError) as error:  # RuntimeError: of a signature of its own
         lines = [line for line in str(error).splitlines() if line and not line.startswith("Failed in nopython")]
         reason = re.sub(r"Batch\(.*?\)", "Batch", lines[0] if lines else type(error).__name__)
         attribute = re.search(r"Unknown attribute '(\w+)' of type Batch", reason)

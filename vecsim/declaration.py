@@ -63,10 +63,19 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 msgspec.structs.force_setattr(self, name, checked)
 
     def to_toml(self) -> str:
-        """Write the declaration as TOML; `from_toml` reads it back to an equal one."""
+        """Write the declaration as TOML; `from_toml` reads it back to an equal one.
+
+        Raises
+        ------
+        ValueError
+            When a function in it has no name that it could be imported by.
+        """
         import tomli_w
 
-        return tomli_w.dumps(to_plain(self))
+        text = tomli_w.dumps(to_plain(self))
+        if found := re.search(r'"([^"\n]*<(?:locals|lambda)>[^"\n]*)"', text):
+            raise ValueError(f"{found[1]} can't be written down: define the function at the top of a module")
+        return text
 
     @classmethod
     def from_toml(cls, text: str) -> Self:

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vecsim.axes import plan
 from vecsim.engine import Engine
+from vecsim.measure import check_times
+from vecsim.scenarios import lower
 from vecsim.sweep import sweep
 from vecsim.sweep.report import CRITERION, STABLE_SHARE, median, slots_of
 
@@ -45,19 +48,22 @@ def queue_growth(
     Raises
     ------
     ValueError
-        As `vecsim.sweep`; and when `long` isn't longer than `short`, or the stream's offset is an axis.
+        As `vecsim.sweep`; and when `long` isn't longer than `short`, or `keep`, `warmup` or `stream_offset` is given.
     """
     import xarray as xr
 
     if not isinstance(engine, Engine):
         raise ValueError(f"engine must be an Engine, got {engine!r}")
+    short, long = check_times(short, 0.0)[0], check_times(long, 0.0)[0]
     if not long > short:
-        raise ValueError(f"long must be > short ({short:g}), got {long:g}")
-    if any(name.rpartition(".")[2] == "stream_offset" for name in axes):
-        raise ValueError("stream_offset can't be an axis here: the long run begins where the short one stopped")
+        raise ValueError(f"long (the time limit) must be > short ({short:g}), got {long:g}")
+    for name in axes:
+        if name.rpartition(".")[2] in ("keep", "warmup", "stream_offset"):
+            raise ValueError(f"{name} can't be given here: the long run goes on where the short one stopped")
     options: dict[str, Any] = {"quantiles": quantiles, "progress": progress, "threads": threads}
     brief = sweep(engine, short, **options, **axes)
-    offset = xr.DataArray(brief.arrived.values + engine.load_generator.stream_offset, dims=brief.arrived.dims)
+    own = lower(plan(engine, axes), short).columns["offset"]
+    offset = xr.DataArray(brief.arrived.values + np.broadcast_to(own, brief.arrived.shape), dims=brief.arrived.dims)
     full = sweep(engine, long, keep="queue", **options, **axes, stream_offset=offset)
     full = full.drop_vars("stream_offset", errors="ignore")  # there is none without axes
     queue = full[["queue_size"]]

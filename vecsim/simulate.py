@@ -10,7 +10,7 @@ import numpy as np
 from vecsim import memory
 from vecsim.kernel.state import DONE, INTERRUPTED, REFUSED, Array, Job, Outcome, Record, Scratch, Streams
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, own_rule, requests_needed
-from vecsim.threads import Workers, available_threads
+from vecsim.threads import INLINE, Workers, available_threads
 from vecsim.variables import DISTRIBUTIONS, SCALARS
 
 BYTES_PER_REQUEST = 70  # of a thread's scratch
@@ -216,14 +216,17 @@ def _run_block(
             if status[row] == DONE and keeps_queue:
                 write_queue(row, measured.instants, scratch(), outcome, results.queue)
 
-    workers.share(draw_some_lengths, lengths.size.size, lengths.values.size)
+    passed_over = int(block.lengths.offset.sum())
+    workers.share(draw_some_lengths, lengths.size.size, lengths.values.size + passed_over)
     if arrivals.values.size:
         workers.share(draw_some_arrivals, arrivals.size.size, arrivals.values.size)
     own_kernels = [_own_kernel(rule, job()) for rule in table.rules]
     kernels = [*own_kernels, run_scenarios]  # -1 is the last
     keeps_requests, keeps_queue = results.record.slot.shape[1] > 0, measured.instants.size > 0
     run = run_and_record if keeps_requests or keeps_queue else run_some
-    workers.share(run, size, size * (table.time_limit + block.most_requests), progress)
+    cost = size * (table.time_limit + block.most_requests)
+    # A user's own rule may take any time: always on threads, where it can be interrupted.
+    workers.share(run, size, max(cost, INLINE) if table.rules else cost, progress)
     return status, latest["outcome"], latest["scratch"]
 
 
@@ -237,6 +240,8 @@ def _own_kernel(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome]:
     def run(first: int, last: int, job: Job) -> Outcome:
         try:
             outcome = run_scenarios(first, last, job)
+        except MemoryError:  # not the rule's
+            raise
         except Exception as error:
             raise ValueError(f"rule {name} raised {type(error).__name__}: {error}") from error
         if outcome.status == REFUSED:
@@ -294,7 +299,9 @@ def check_memory(table: Table, results: float, threads: int, more: float = 1.0) 
     columns = 24.0 * table.size + 8.0 * sum(column.size for column in table.columns.values())
     requests = float(np.max(requests_needed(table, more)))
     streams = max(BLOCK_BYTES, 12.0 * requests)
-    working = threads * (BYTES_PER_REQUEST * requests + BYTES_PER_STEP * table.time_limit)
+    scratches = threads + bool(table.rules)
+    working = scratches * (BYTES_PER_REQUEST * requests + BYTES_PER_STEP * table.time_limit)
+    working += threads * 8.0 * float(table.lengths.offset.max())
     total = results + columns + working + streams
     if table.size > 1 and results + columns >= working + streams:
         memory.require_results(table.size, total / table.size)

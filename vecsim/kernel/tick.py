@@ -6,6 +6,10 @@ will have its first token and its end, and notes for each request the boundaries
 admitted it; every instant follows from those two and the times of the boundaries (`vecsim.kernel.tally`).
 """
 
+from typing import Any
+
+import numpy as np
+
 from vecsim.batching import BATCHERS
 from vecsim.kernel.calendar import DECODE_BEGINS, ENDS, PREFILL_ENDS, file, take
 from vecsim.kernel.jit import inner, unsigned
@@ -54,7 +58,8 @@ def make_simulate(admit, checked=False, jit=inner):
         prefill_sum[0] = 0.0
         itl_samples[0] = 0
         most_prefilling = 0
-        enqueued = started = running = prefilling = max_queue = wanted = 0
+        enqueued = started = running = prefilling = max_queue = 0
+        wanted: Any = 0
         t = 0.0
         step = 0
         status = DONE
@@ -102,7 +107,7 @@ def make_simulate(admit, checked=False, jit=inner):
                     parameter=parameter,
                 )
                 if checked:
-                    wanted = int(admit(batch)) if queued > 0 else 0
+                    wanted = np.int64(admit(batch) if queued > 0 else 0)
                     admitted = 0
                     if wanted != 0 and free > 0:
                         if unsigned(wanted) > unsigned(free):

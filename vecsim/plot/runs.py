@@ -83,7 +83,7 @@ def run(run: "Run", *, interactive: bool = False) -> Any:
     height = float(np.clip(0.35 * slots, 1.4, 5.0))
     figure = Picture(figsize=(11, height + 3.6), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(height, 1.1, 1.5))
-    draw_slots(top, run)
+    draw_slots(top, run, float(run.metrics.end_time))
     draw_queue(middle, run, color="0.35", fill=True)
     draw_latencies(bottom, run, TTFT, E2E)
     finish(middle, bottom, [run])
@@ -111,24 +111,36 @@ def compare(runs: Sequence["Run"], labels: Sequence[str] | None = None) -> Any:
     ValueError
         When there are no runs, more than seven, or not as many labels.
     """
-    runs = list(runs)
+    runs = list(runs) if isinstance(runs, Sequence) else [runs]
+    from vecsim.run import Run
+
+    for one in runs:
+        if not isinstance(one, Run):
+            raise ValueError(f"runs must be a list of what Engine.run returns, got {one!r} among them")
     if not 1 <= len(runs) <= len(COLOURS):
         raise ValueError(f"runs must be 1 to {len(COLOURS)}, got {len(runs)}")
-    labels = differing_fields([run.engine for run in runs]) if labels is None else list(labels)
+    if labels is None:
+        labels = differing_fields([run.engine for run in runs])
+        if len(set(labels)) < len(labels) or "" in labels:
+            labels = [f"{i + 1}: {text}" if text else f"{i + 1}" for i, text in enumerate(labels)]
     if len(labels) != len(runs):
         raise ValueError(f"labels must be one for each of {len(runs)} runs, got {len(labels)}")
     heights = [float(np.clip(0.3 * run.engine.max_batch_size, 1.0, 3.0)) for run in runs]
-    figure = Picture(figsize=(11, sum(heights) + 0.35 * len(runs) + 4.2), layout="constrained")
+    figure = Picture(figsize=(11, sum(heights) + 0.6 * len(runs) + 4.2), layout="constrained")
     axes = figure.subplots(len(runs) + 2, 1, sharex=True, height_ratios=(*heights, 1.5, 1.8))
     middle, bottom = axes[-2:]
+    end = max(float(run.metrics.end_time) for run in runs)
     for i, (axis, run, text) in enumerate(zip(axes, runs, labels, strict=False)):
-        draw_slots(axis, run)
+        draw_slots(axis, run, end)
         metrics = run.metrics
-        axis.set_title(text, loc="left", fontsize="medium", color=COLOURS[i], fontweight="bold")
-        axis.set_title(
+        title = textwrap.shorten(text, 110, placeholder=" ...") + "\n"
+        axis.set_title(title, loc="left", fontsize="medium", color=COLOURS[i], fontweight="bold")
+        axis.text(
+            0.0,
+            1.03,
             f"{int(metrics.completed)} requests done, {float(metrics.token_throughput):,.0f} tokens per 1000 ticks, "
             f"mean TTFT {float(metrics.ttft[0]):.1f}, E2E {float(metrics.e2e[0]):.1f}",
-            loc="right",
+            transform=axis.transAxes,
             fontsize="small",
         )
         draw_queue(middle, run, color=COLOURS[i], linestyle=DASHES[i])
@@ -146,7 +158,7 @@ def finish(queue: "Axes", latency: "Axes", runs: Sequence["Run"]) -> None:
     latency.set_xlim(0, max(float(run.metrics.end_time) for run in runs))
     most = max(int(run.steps.queue_size.max()) for run in runs)
     queue.set_ylim(0, 1.08 * max(most, 1))
-    latency.set_ylim(bottom=0)
+    latency.set_ylim(0, None if any(int(run.metrics.first_tokens) for run in runs) else 1)
 
 
 def legend(figure: Picture, marks: list[tuple[str, str, str]]) -> None:
@@ -163,14 +175,14 @@ def legend(figure: Picture, marks: list[tuple[str, str, str]]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
 
 
-def draw_slots(axis: "Axes", run: "Run") -> None:
-    """Slots over time, coloured by phase."""
+def draw_slots(axis: "Axes", run: "Run", span: float) -> None:
+    """Slots over time, coloured by phase; `span` is the length of the time axis."""
     times = timeline(run)
     slots = run.engine.max_batch_size
     end = float(run.metrics.end_time)
     axis.set_facecolor(EMPTY)
     if times.request.size <= MOST_BOXES and slots <= MOST_BOX_SLOTS:
-        draw_boxes(axis, times, end, slots)
+        draw_boxes(axis, times, span, slots)
     else:
         image = phase_image(times, slots, end, min(slots, ROWS), COLUMNS)
         axis.imshow(image, extent=(0, end, slots - 0.5, -0.5), aspect="auto", interpolation="antialiased")
@@ -179,7 +191,7 @@ def draw_slots(axis: "Axes", run: "Run") -> None:
     ticks_at_integers(axis.yaxis)
 
 
-def draw_boxes(axis: "Axes", times: Timeline, end: float, slots: int) -> None:
+def draw_boxes(axis: "Axes", times: Timeline, span: float, slots: int) -> None:
     """A box for each phase of each request, and the request's number where it fits."""
     from matplotlib.collections import PolyCollection
 
@@ -195,7 +207,7 @@ def draw_boxes(axis: "Axes", times: Timeline, end: float, slots: int) -> None:
         axis.add_collection(PolyCollection(list(corners[some]), facecolors=colour, edgecolors="white", linewidths=0.4))
     if slots > 32:
         return
-    width = 760 / end  # points a tick, about
+    width = 760 / span  # points a tick, about
     fits = (times.left_at - times.started_at) * width > 5.0 * np.char.str_len(times.request.astype(str)) + 3.0
     for i in np.flatnonzero(fits):
         axis.text(

@@ -26,6 +26,14 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
+def check_dataset(dataset: Any) -> None:
+    """Raise a ValueError unless it's a Dataset of a sweep."""
+    import xarray as xr
+
+    if not isinstance(dataset, xr.Dataset) or "time_limit" not in dataset.attrs:
+        raise ValueError(f"dataset must be one from vecsim.sweep or vecsim.queue_growth, got {type(dataset).__name__}")
+
+
 def ticks_at_integers(axis: Any, only: bool = True) -> None:
     """No ticks between whole numbers."""
     axis.get_major_locator().set_params(integer=only)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.kernel.state import Array
-from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, label, ticks_at_integers
+from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, check_dataset, label, ticks_at_integers
 from vecsim.sweep.report import load_coord, median, other_dims, stable, texts
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 VARIABLES = ("token_throughput", "ttft")
 MOST_MAPS = 4  # side by side
 MOST_TICKS = 12
+MOST_CHARACTERS = 40  # of tick labels below a map
 
 
 def sweep(dataset: "xr.Dataset") -> Any:
@@ -32,6 +33,7 @@ def sweep(dataset: "xr.Dataset") -> Any:
         For queue growth its own picture. A `heat_map` if, beside the load, there is a dimension of more numbers than
         there are colours (or, without a load, two of four numbers or more); else `lines`.
     """
+    check_dataset(dataset)
     if "grows" in dataset:
         from vecsim.plot.queues import queue_growth
 
@@ -47,7 +49,7 @@ def sweep(dataset: "xr.Dataset") -> Any:
 
 
 def lines(
-    dataset: "xr.Dataset", x: str | None = None, variables: Sequence[str] = VARIABLES, stat: str | None = None
+    dataset: "xr.Dataset", x: str | None = None, variables: Sequence[str] | str = VARIABLES, stat: str | None = None
 ) -> Any:
     """A line for each combination, a band over seeds; a panel for each variable.
 
@@ -58,7 +60,7 @@ def lines(
     x : str, optional
         Coordinate to draw along: the load, else the longest axis of numbers, unless given. Without any, a point is
         drawn for each combination.
-    variables : sequence of str
+    variables : sequence of str, or str
         What to draw.
     stat : str, optional
         Which statistic of variables that have several; the highest quantile unless given.
@@ -74,10 +76,12 @@ def lines(
     ValueError
         When the Dataset has no such coordinate, variable or statistic.
     """
+    check_dataset(dataset)
+    variables = check_variables(variables)
     if x is None:
         x = load_coord(dataset) or next(iter(numeric_dims(dataset, None)), None)
     else:
-        check_coord(dataset, x)
+        check_coord(dataset, "x", x)
     along = str(dataset[x].dims[0]) if x is not None else None
     dims = other_dims(dataset, along)
     shown, rest = dims[:2], dims[2:]
@@ -85,8 +89,9 @@ def lines(
     drawn = dataset.isel(dict.fromkeys(rest, 0))
     for dim in shown:
         drawn = thin(drawn, dim, len(COLOURS), notes)
-    if along is not None:
-        drawn = drawn.sortby(x)
+    if x is not None:
+        drawn = in_order(drawn, x)
+        notes += partners(dataset, x)
 
     figure = Picture(figsize=(5.5 * len(variables), 4.6), layout="constrained")
     panels = figure.subplots(1, len(variables), squeeze=False)[0]
@@ -116,7 +121,8 @@ def lines(
     draw_legend(figure, drawn, shown, is_lines=along is not None)
     title = [f"{dataset.attrs['time_limit']:g} ticks"]
     if dataset.sizes.get("seed", 1) > 1:
-        title[0] += f"; line: median of {dataset.sizes['seed']} seeds, band: 10 % to 90 %"
+        middle, spread = ("line", "band") if along is not None else ("point", "bar")
+        title[0] += f"; {middle}: median of {dataset.sizes['seed']} seeds, {spread}: 10 % to 90 %"
     figure.suptitle("; ".join(title + notes), fontsize="medium")
     return figure
 
@@ -125,7 +131,7 @@ def heat_map(
     dataset: "xr.Dataset",
     x: str | None = None,
     y: str | None = None,
-    variables: Sequence[str] = VARIABLES,
+    variables: Sequence[str] | str = VARIABLES,
     stat: str | None = None,
 ) -> Any:
     """Colours over two axes; a row of maps for each variable, a column for each value of another axis.
@@ -136,7 +142,7 @@ def heat_map(
         From `vecsim.sweep`.
     x, y : str, optional
         Coordinates; the load and the longest other axis of numbers unless given.
-    variables : sequence of str
+    variables : sequence of str, or str
         What to draw.
     stat : str, optional
         Which statistic of variables that have several; the highest quantile unless given.
@@ -153,16 +159,20 @@ def heat_map(
     ValueError
         When the Dataset has no two axes, or no such coordinate, variable or statistic.
     """
+    check_dataset(dataset)
+    variables = check_variables(variables)
+    for name, value in (("x", x), ("y", y)):
+        if value is not None:
+            check_coord(dataset, name, value)
     numeric = numeric_dims(dataset, None)
     if x is None:
         x = load_coord(dataset) or next((dim for dim in numeric if dim != y), None)
     if y is None:
-        others = [*numeric, *other_dims(dataset, None)]
-        y = next((dim for dim in others if x is None or (dim != x and dim not in dataset[x].dims)), None)
+        others = [*numeric, *drawable(dataset)]
+        y = next((name for name in others if x is None or dataset[name].dims != dataset[x].dims), None)
     if x is None or y is None:
-        raise ValueError(f"a heat map needs two axes, and the Dataset has {', '.join(other_dims(dataset, None))}")
-    check_coord(dataset, x)
-    check_coord(dataset, y)
+        axes = ", ".join(drawable(dataset)) or "none"
+        raise ValueError(f"a heat map needs two axes along two dimensions: the Dataset has {axes}")
     along, across = str(dataset[x].dims[0]), str(dataset[y].dims[0])
     if along == across:
         raise ValueError(f"x and y must be along two dimensions, got {x} and {y}, both along {along}")
@@ -171,7 +181,8 @@ def heat_map(
     drawn = dataset.isel(dict.fromkeys(dims[1:], 0))
     if dims:
         drawn = thin(drawn, dims[0], MOST_MAPS, notes)
-    drawn = drawn.sortby([name for name in (x, y) if drawn[name].dtype.kind in "iuf"])
+    drawn = in_order(in_order(drawn, x), y)
+    notes += [*partners(dataset, x), *partners(dataset, y)]
     columns = [{dims[0]: i} for i in range(drawn.sizes[dims[0]])] if dims else [{}]
     names = texts(drawn, dims[0]) if dims else [""]
     holds = stable(drawn)
@@ -183,10 +194,10 @@ def heat_map(
         for axis, place, text in zip(row, columns, names, strict=True):
             values = median(array.isel(place)).transpose(across, along).values
             right, up = positions(drawn[x].values), positions(drawn[y].values)
-            image = axis.pcolormesh(right, up, values, norm=norm, cmap="viridis", shading="nearest", rasterized=True)
-            edge = holds.isel(place).transpose(across, along).values
-            if min(edge.shape) > 1 and edge.any() and not edge.all():
-                axis.contour(right, up, edge.astype(float), levels=[0.5], colors="white", linewidths=1.5)
+            image = axis.pcolormesh(edges(right), edges(up), values, norm=norm, cmap="viridis", rasterized=True)
+            steady = holds.isel(place).transpose(across, along).values
+            if min(steady.shape) > 1 and steady.any() and not steady.all():
+                axis.contour(right, up, steady.astype(float), levels=[0.5], colors="white", linewidths=1.5)
             if axis in panels[0]:
                 axis.set_title(f"{dims[0].replace('_', ' ')}: {text}" if dims else "", fontsize="medium")
             if axis in panels[-1]:
@@ -211,11 +222,35 @@ def numeric_dims(dataset: "xr.Dataset", but: str | None) -> list[str]:
     return sorted(numeric, key=lambda dim: -dataset.sizes[dim])
 
 
-def check_coord(dataset: "xr.Dataset", name: str) -> None:
-    """Raise a ValueError unless there is a coordinate of that name along one dimension."""
-    if name not in dataset.coords or dataset[name].ndim != 1 or name == "stat":
-        good = [str(coord) for coord in dataset.coords if dataset[coord].ndim == 1 and coord != "stat"]
-        raise ValueError(f"axis must be one of {', '.join(good)}, got {name!r}")
+def drawable(dataset: "xr.Dataset") -> list[str]:
+    """Coordinates that a picture can have along an axis."""
+    dims = other_dims(dataset, None)
+    return [str(coord) for coord in dataset.coords if dataset[coord].ndim == 1 and dataset[coord].dims[0] in dims]
+
+
+def check_coord(dataset: "xr.Dataset", argument: str, name: str) -> None:
+    """Raise a ValueError unless a picture can have that coordinate along an axis."""
+    if name not in drawable(dataset):
+        raise ValueError(f"{argument} must be one of {', '.join(drawable(dataset))}, got {name!r}")
+
+
+def check_variables(variables: Sequence[str] | str) -> list[str]:
+    """The variables as a list; a ValueError if there are none."""
+    result = [variables] if isinstance(variables, str) else list(variables)
+    if not result:
+        raise ValueError(f"variables must be one or more names, got {variables!r}")
+    return result
+
+
+def in_order(dataset: "xr.Dataset", name: str) -> "xr.Dataset":
+    """Sorted along a coordinate of numbers; texts stay in the order of the axis."""
+    return dataset.sortby(name) if dataset[name].dtype.kind in "iuf" else dataset
+
+
+def partners(dataset: "xr.Dataset", name: str) -> list[str]:
+    """Notes on the coordinates that vary along the same dimension."""
+    dims = dataset[name].dims
+    return [f"{other} varies with {name}" for other in dataset.coords if other != name and dataset[other].dims == dims]
 
 
 def pick(dataset: "xr.Dataset", name: str, stat: str | None) -> "tuple[xr.DataArray, str]":
@@ -253,8 +288,8 @@ def norm_of(values: Array) -> Any:
     from matplotlib.colors import LogNorm, Normalize
 
     some = values[np.isfinite(values)]
-    if some.size == 0:
-        return Normalize(0, 1)
+    if some.size == 0 or some.min() == some.max():
+        return Normalize(min(0.0, *some[:1]), max(1.0, *some[:1]))
     return (LogNorm if spans_decades(values) else Normalize)(some.min(), some.max())
 
 
@@ -267,6 +302,12 @@ def positions(values: Array) -> Array:
     return np.arange(values.size)
 
 
+def edges(at: Array) -> Array:
+    """Where the cells of evenly spaced positions begin and end."""
+    gap = at[1] - at[0] if at.size > 1 else 1
+    return np.append(at - gap / 2, at[-1] + gap / 2)
+
+
 def name_positions(axis: Any, dataset: "xr.Dataset", name: str) -> None:
     """Name an axis, and its ticks where positions aren't the values themselves."""
     axis.set_label_text(label(dataset[name]))
@@ -275,8 +316,10 @@ def name_positions(axis: Any, dataset: "xr.Dataset", name: str) -> None:
     if at is values:
         ticks_at_integers(axis, values.dtype.kind != "f")
     else:
-        some = np.unique(np.linspace(0, at.size - 1, min(at.size, MOST_TICKS)).round().astype(int))
-        axis.set_ticks(at[some], [texts(dataset, name)[i] if name in dataset.dims else f"{values[i]:g}" for i in some])
+        names = texts(dataset, name) if name in dataset.dims else [f"{value:.4g}" for value in values]
+        most = MOST_TICKS if axis.axis_name == "y" else max(2, MOST_CHARACTERS // max(map(len, names)))
+        some = np.unique(np.linspace(0, at.size - 1, min(at.size, MOST_TICKS, most)).round().astype(int))
+        axis.set_ticks(at[some], [names[i] for i in some])
 
 
 def band_over_seeds(array: "xr.DataArray") -> Array:
@@ -317,7 +360,8 @@ def draw_legend(figure: Picture, drawn: "xr.Dataset", shown: list[str], is_lines
 
     handles = []
     for place, dim in enumerate(shown):
-        handles.append(Line2D([], [], linestyle="none", label=dim.replace("_", " ")))
+        title = label(drawn[dim]) if dim in drawn.coords else dim.replace("_", " ")
+        handles.append(Line2D([], [], linestyle="none", label=title))
         for i, text in enumerate(texts(drawn, dim)):
             colour = COLOURS[i] if place == 0 else "0.3"
             if is_lines:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vecsim.growth import queue_growth
 from vecsim.sweep import sweep
 from vecsim.sweep.files import (
     DATASETS,
@@ -86,7 +87,8 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
     changed = {name.rpartition(".")[2] for name in changes}
     kept = {name: values for name, values in spec.keywords().items() if name.rpartition(".")[2] not in changed}
     axes = {**kept, **changes}
-    for name in sorted(set(axes) & set(inspect.signature(sweep).parameters)):
+    arguments = [name for function in (sweep, queue_growth) for name in inspect.signature(function).parameters]
+    for name in sorted(set(axes) & set(arguments)):
         raise ValueError(f"{name} is no field of the engine: it can't be an axis")
     if options.at_load is not None and not math.isfinite(options.at_load):
         raise ValueError(f"--at-load must be a finite number, got {options.at_load}")
@@ -107,8 +109,6 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
     if short is None:
         dataset = sweep(spec.engine, time_limit, warmup=warmup, **common, **axes)
     else:
-        from vecsim.growth import queue_growth
-
         if warmup > 0:
             raise ValueError(f"--warmup must be 0 for queue growth, got {warmup:g}")
         dataset = queue_growth(spec.engine, short, time_limit, **common, **axes)

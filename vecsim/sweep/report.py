@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 # The fields that say how much load there is
 LOADS = ("request_rate", "target_concurrency", "initial_batch")
 
-# A queue is stable if requests are completed and at the end no more wait than there are slots, or than this share of
-# the arrivals.
+# A queue is stable if at the end no more requests wait than there are slots, or than this share of the arrivals, and
+# half of the arrivals are done.
 STABLE_SHARE = 0.01
+STABLE = "at the end no more wait than there are slots, or 1 % of the arrivals, and half of the arrivals are done"
 
 MOST_ROWS = 36
 
@@ -26,7 +27,8 @@ CRITERION = (
 
 def load_coord(dataset: "xr.Dataset") -> str | None:
     """The coordinate of the load, if there is one along a dimension (of its own, or one that is shared)."""
-    return next((name for name in LOADS if name in dataset.coords and dataset[name].ndim == 1), None)
+    one_dim = (name for name in LOADS if name in dataset.coords and dataset[name].ndim == 1)
+    return next((name for name in one_dim if dataset[name].dims != ("seed",)), None)
 
 
 def other_dims(dataset: "xr.Dataset", along: str | None) -> list[str]:
@@ -50,9 +52,10 @@ def texts(dataset: "xr.Dataset", dim: str) -> list[str]:
 
 
 def stable(dataset: "xr.Dataset") -> "xr.DataArray":
-    """Whether requests are completed and final_queue <= max(slots, 1 % of arrived); medians over `seed`."""
+    """Whether final_queue <= max(slots, 1 % of arrived) and completed >= arrived / 2; medians over `seed`."""
     queued, arrived, completed = (median(dataset[name]) for name in ("final_queue", "arrived", "completed"))
-    return ((queued <= np.maximum(slots_of(dataset), STABLE_SHARE * arrived)) & (completed > 0)).transpose(*queued.dims)
+    short = queued <= np.maximum(slots_of(dataset), STABLE_SHARE * arrived)
+    return (short & (completed >= arrived / 2)).transpose(*queued.dims)
 
 
 def slots_of(dataset: "xr.Dataset") -> Any:
@@ -111,7 +114,7 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     lines += more_rows(dataset, dims)
     seeds = dataset.sizes.get("seed", 1)
     medians = f"medians over {seeds} seeds; " if seeds > 1 else ""
-    lines.append(f"({medians}stable: at the end no more wait than there are slots, or 1 % of the arrivals)")
+    lines.append(f"({medians}stable: {STABLE})")
     return "\n".join(lines)
 
 

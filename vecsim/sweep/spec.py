@@ -150,7 +150,9 @@ def parse_value(text: str) -> Any:
         return text
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
     if match is None:
-        raise ValueError(f"can't read the value {text!r}: write a number or a declaration such as IFBatcher")
+        raise ValueError(
+            f"can't read the value {text!r}: write a number, FIRST:LAST:COUNT or a declaration such as IFBatcher"
+        )
     fields = {}
     for part in re.split(r",(?![^(\[]*[)\]])", match[2] or ""):
         if part.strip():
