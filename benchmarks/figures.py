@@ -187,9 +187,9 @@ def main():
         f"{platform.python_version()}, numba {numba.__version__}, NumPy {np.__version__}."
     )
     throughput(repeat, 2)
-    own_rules(min(repeat, 10))
+    own_rules(1 if repeat == 1 else 25)
     flatness(min(repeat, 3))
-    latencies(min(repeat, 3))
+    latencies(min(repeat, 6))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import numba
@@ -141,11 +142,16 @@ def rates(case: Case, threads: int, repeat: int) -> tuple[float, float]:
 
 
 def own_rule_speed(slots: str, twin: int, repeat: int) -> float:
-    """Speed of a user's own batcher over that of the built-in one of the same rule; taken alternately, one thread."""
+    """Speed of a user's own batcher over that of the built-in one of the same rule, on one thread.
+
+    The median over repetitions taken alternately, for the machine's speed varies from one second to the next.
+    """
     case = THROUGHPUT[slots]
     axes = grid(tuple(np.quantile(case.axes["request_rate"], [0, 1])), 60, 8)
-    best = [np.inf, np.inf]
-    for _ in range(repeat + 1):  # the first time compiles
-        for i, batcher in enumerate(TWINS[twin]):
-            best[i] = min(best[i], seconds(lambda batcher=batcher: case.completed(1, batcher=batcher, **axes)))
-    return best[0] / best[1]
+
+    def both() -> float:
+        built_in, own = (seconds(partial(case.completed, 1, batcher=batcher, **axes)) for batcher in TWINS[twin])
+        return built_in / own
+
+    both()  # compiles
+    return float(np.median([both() for _ in range(repeat)]))
