@@ -1,11 +1,11 @@
 """A literal, slow reading of the token model's rules: an object a request, a list of who is scheduled in each step.
 
-The vLLM V1 scheduler (token budget, chunked prefill, preemption by recomputation) over countable KV blocks; times in
-whatever unit the step times have.
+The vLLM V1 scheduler (token budget, chunked prefill, preemption by recomputation) over KV blocks with a prefix cache;
+times in whatever unit the step times have.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -14,8 +14,10 @@ class Request:
     arrived_at: float
     prompt_tokens: int
     output_tokens: int
+    ids: Sequence[Hashable] = ()  # of the prompt's full blocks; no prefix is shared without
     computed: int = 0  # tokens whose keys and values are held
-    blocks: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)  # cached blocks found at each admission
     token_at: list[float] = field(default_factory=list)
     admitted_at: list[float] = field(default_factory=list)  # once more after each preemption
     dropped: bool = False
@@ -30,6 +32,42 @@ class Request:
         return self.computed < self.known - 1 or not self.token_at
 
 
+class Pool:
+    """KV blocks: those that nobody holds wait in a queue, the least recently used first, and may still be found."""
+
+    def __init__(self, blocks: int) -> None:
+        self.free = OrderedDict.fromkeys(range(blocks))
+        self.holders = [0] * blocks
+        self.id_of: list[Hashable] = [None] * blocks
+        self.block_of: dict[Hashable, int] = {}
+
+    def take(self) -> int:
+        """A free block; what it held is forgotten."""
+        block, _ = self.free.popitem(last=False)
+        if self.id_of[block] is not None:
+            del self.block_of[self.id_of[block]]
+            self.id_of[block] = None
+        self.holders[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        self.free.pop(block, None)
+        self.holders[block] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        """Deepest first, so that the begin of a prompt stays longest."""
+        for block in reversed(blocks):
+            self.holders[block] -= 1
+            if self.holders[block] == 0:
+                self.free[block] = None
+
+    def name(self, block: int, id_: Hashable) -> None:
+        """From now on the block can be found by its id, unless another one is."""
+        if self.id_of[block] is None and id_ not in self.block_of:
+            self.id_of[block] = id_
+            self.block_of[id_] = block
+
+
 @dataclass
 class Scheduled:
     request: Request
@@ -41,6 +79,7 @@ class Scheduled:
 @dataclass
 class Result:
     requests: list[Request]
+    pool: Pool
     steps: list[tuple[float, float, list[Scheduled]]] = field(default_factory=list)  # begin, end, who
     preemptions: int = 0
 
@@ -49,14 +88,12 @@ class Engine:
     """One engine; see `simulate`."""
 
     def __init__(self, slots: int, budget: int, blocks: int, block_size: int, most_prompt_tokens: int) -> None:
-        self.slots, self.budget, self.blocks, self.block_size = slots, budget, blocks, block_size
+        self.slots, self.budget, self.block_size = slots, budget, block_size
+        self.pool = Pool(blocks)
         self.most_prompt_tokens = most_prompt_tokens
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.preempted = 0
-
-    def held(self) -> int:
-        return sum(request.blocks for request in self.running)
 
     def needed(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -67,17 +104,55 @@ class Engine:
             tokens = min(tokens, self.most_prompt_tokens)
         return min(tokens, budget)
 
+    def block_id(self, request: Request, i: int) -> Hashable:
+        """Of a request's i-th block: the prompt's, or its own where it holds generated tokens."""
+        return request.ids[i] if i < len(request.ids) else (id(request), i)
+
     def take(self, request: Request, tokens: int) -> bool:
         """Blocks for so many more tokens, if they are free."""
-        blocks = self.needed(request.computed + tokens)
-        if self.held() - request.blocks * (request in self.running) + blocks > self.blocks:
+        after = request.computed + tokens
+        more = self.needed(after) - len(request.blocks)
+        if more > len(self.pool.free):
             return False
-        request.blocks = blocks
+        request.blocks += [self.pool.take() for _ in range(more)]
+        if request.ids:
+            for i in range(request.computed // self.block_size, after // self.block_size):
+                self.pool.name(request.blocks[i], self.block_id(request, i))
         return True
+
+    def cached(self, request: Request) -> list[int]:
+        """The cached blocks that its known tokens begin with; the last token is always computed."""
+        found = []
+        for i in range((request.known - 1) // self.block_size if request.ids else 0):
+            block = self.pool.block_of.get(self.block_id(request, i))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def admit(self, request: Request, budget: int) -> int:
+        """Tokens that a waiting request may compute, its blocks taken; 0 if it can't be admitted."""
+        if not self.pool.free:  # at least one block of its own is needed
+            return 0
+        hits = self.cached(request)
+        idle = sum(self.pool.holders[block] == 0 for block in hits)
+        request.computed = len(hits) * self.block_size
+        tokens = self.wanted(request, budget)
+        more = self.needed(request.computed + tokens) - len(hits)
+        if more + idle > len(self.pool.free):
+            request.computed = 0
+            return 0
+        for block in hits:
+            self.pool.share(block)
+        request.blocks = hits
+        request.hits.append(len(hits))
+        assert self.take(request, tokens)
+        return tokens
 
     def preempt_last(self) -> Request:
         victim = self.running.pop()
-        victim.computed = victim.blocks = 0
+        self.pool.release(victim.blocks)
+        victim.computed, victim.blocks = 0, []
         self.waiting.appendleft(victim)
         self.preempted += 1
         return victim
@@ -98,8 +173,8 @@ class Engine:
                 budget -= tokens
         while self.waiting and self.preempted == before and len(self.running) < self.slots and budget > 0:
             request = self.waiting[0]
-            tokens = self.wanted(request, budget)
-            if not self.take(request, tokens):
+            tokens = self.admit(request, budget)
+            if tokens == 0:
                 break
             self.waiting.popleft()
             self.running.append(request)
@@ -116,11 +191,12 @@ class Engine:
                 request.token_at.append(t)
                 if len(request.token_at) == request.output_tokens:
                     self.running.remove(request)
-                    request.blocks = 0
+                    self.pool.release(request.blocks)
+                    request.blocks = []
 
 
 def simulate(
-    requests: Sequence[tuple[float, int, int]],
+    requests: Sequence[tuple],
     *,
     slots: int,
     budget: int,
@@ -129,9 +205,9 @@ def simulate(
     duration: Callable[[list[Scheduled]], float],
     most_prompt_tokens: int = 0,
 ) -> Result:
-    """Serve (arrival, prompt tokens, output tokens) in the order of arrival until all are done."""
-    result = Result([Request(*request) for request in requests])
+    """Serve (arrival, prompt tokens, output tokens[, ids of full blocks]), in the order of arrival, to the end."""
     engine = Engine(slots, budget, blocks, block_size, most_prompt_tokens)
+    result = Result([Request(*request) for request in requests], engine.pool)
     arrivals = deque(result.requests)
     t = 0.0
     while arrivals or engine.waiting or engine.running:
