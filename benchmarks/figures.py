@@ -8,13 +8,11 @@ import argparse
 import datetime
 import os
 import platform
-import subprocess
-import sys
 import tempfile
-import time
 
 import numpy as np
 from suite import cases, literal
+from suite.cases import child
 
 
 def throughput(repeat, threads):
@@ -51,26 +49,12 @@ def flatness(repeat):
     print("|---|---|---|")
     for slots in (4, 16, 64, 256, 1024, 4096):
         case = cases.flat(slots)
-        steps = case.ticks * len(case.axes["seed"])
         shorter = max(200, 100_000 // slots)
         some = case._replace(ticks=shorter).literal(2)
         case.completed(1), literal.run_all(some, 1)
         ours = cases.seconds(lambda case=case: case.completed(1), repeat)
         theirs = cases.seconds(lambda some=some: literal.run_all(some, 1), repeat)
-        print(f"| {slots:,} | {ours / steps * 1e9:.1f} | {theirs / (2 * shorter) * 1e9:,.0f} |", flush=True)
-
-
-def child(code, **environment):
-    """Run code in a fresh process: (seconds from its start to its end, what it printed)."""
-    begin = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **environment},
-    )
-    return time.perf_counter() - begin, done.stdout
+        print(f"| {slots:,} | {ours / cases.steps(case) * 1e9:.1f} | {theirs / (2 * shorter) * 1e9:,.0f} |", flush=True)
 
 
 MILLION = """
@@ -88,12 +72,6 @@ completed = int(ds.completed.sum())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(f"| a million scenarios of 1,000 ticks | {seconds:.1f} s, {peak:.2f} GiB, "
       f"{completed / seconds:.2e} completed requests/s | < 60 s, < 1.5 GiB |")
-"""
-
-FIRST = """
-import vecsim as sim
-engine = sim.Engine(load_generator=sim.RequestRateLoadGenerator(target_output_len_tokens=10))
-sim.sweep(engine, 1000, progress=False, request_rate=[0.1, 0.2], seed=range(2))
 """
 
 SINGLE = """
@@ -162,13 +140,13 @@ def latencies(repeat):
     print(f"| `import vecsim` | {seconds:.2f} s | < 0.4 s |")
     seconds = min(child("import numba, xarray")[0] for _ in range(repeat + 1))
     print(f"| fresh process, `import numba, xarray` alone | {seconds:.2f} s | |")
-    child(FIRST)
-    seconds = min(child(FIRST)[0] for _ in range(repeat))
+    child(cases.FIRST)
+    seconds = min(child(cases.FIRST)[0] for _ in range(repeat))
     print(
         f"| fresh process, warm disk cache: interpreter start to end of the first sweep | {seconds:.2f} s | < 1.5 s |"
     )
     with tempfile.TemporaryDirectory() as folder:
-        cold, _ = child(FIRST, VECSIM_CACHE_DIR=folder)
+        cold, _ = child(cases.FIRST, VECSIM_CACHE_DIR=folder)
     print(f"| the same with a cold cache: all kernels of a sweep compiled | {cold:.1f} s | < 20 s |", flush=True)
     print(child(SINGLE)[1], end="", flush=True)
     print(child(OWN_RULE)[1], end="", flush=True)

@@ -1,9 +1,5 @@
 """All around the kernels: lowering, gathering, single runs, pictures, start-up, memory."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 
 import vecsim as sim
@@ -101,11 +97,6 @@ class SingleRun:
     track_interactive_picture.unit = "MB"
 
 
-FIRST = """
-import vecsim as sim
-engine = sim.Engine(load_generator=sim.RequestRateLoadGenerator(target_output_len_tokens=10))
-sim.sweep(engine, 1000, progress=False, request_rate=[0.1, 0.2], seed=range(2))
-"""
 FIRST_OWN_RULE = """
 import numba
 import vecsim as sim
@@ -117,34 +108,27 @@ sim.sweep(engine, 1000, progress=False, request_rate=[0.1, 0.2], seed=range(2))
 """
 
 
-def process(code):
-    """Run code in a fresh process, with compiled bytecode as users have it."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
 class StartUp:
     """Fresh processes, kernels in the disk cache."""
 
     timeout = 300
 
     def setup(self):
-        process(FIRST)
-        process(FIRST_OWN_RULE)
+        cases.child(cases.FIRST)
+        cases.child(FIRST_OWN_RULE)
 
     def track_import(self):
         code = "import time; t = time.perf_counter(); import vecsim; print(time.perf_counter() - t)"
-        done = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for _ in range(3)]
-        return min(float(one.stdout) for one in done)
+        return min(float(cases.child(code)[1]) for _ in range(3))
 
     track_import.unit = "s"
 
     def track_first_sweep(self):
-        return cases.seconds(lambda: process(FIRST), 1 if cases.TINY else 3)
+        return min(cases.child(cases.FIRST)[0] for _ in range(1 if cases.TINY else 3))
 
     track_first_sweep.unit = "s"
 
     def track_first_sweep_of_an_own_rule(self):
-        return cases.seconds(lambda: process(FIRST_OWN_RULE), 1 if cases.TINY else 3)
+        return min(cases.child(FIRST_OWN_RULE)[0] for _ in range(1 if cases.TINY else 3))
 
     track_first_sweep_of_an_own_rule.unit = "s"

@@ -1,6 +1,8 @@
 """The sweeps that are measured, and how: shared by the asv suite and `figures.py`."""
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,23 +21,14 @@ LONG = {"target_output_len_tokens": 200, "target_output_len_std": 100}
 ONE, IFB = sim.IFBatcherWithOnePrefillOnly(), sim.IFBatcher()
 
 
-@numba.njit
-def static(batch):
-    return batch.free if batch.running == 0 else 0
-
-
-@numba.njit
-def in_flight(batch):
-    return batch.free
-
-
-@numba.njit
-def one_prefill(batch):
-    return batch.prefilling == 0
-
-
 # Each built-in batcher, and a user's own of the same rule
-TWINS = ((sim.StaticBatcher(), static), (IFB, in_flight), (ONE, one_prefill))
+TWINS = [(batcher, numba.njit(batcher.admit)) for batcher in (sim.StaticBatcher(), IFB, ONE)]
+
+FIRST = """
+import vecsim as sim
+engine = sim.Engine(load_generator=sim.RequestRateLoadGenerator(target_output_len_tokens=10))
+sim.sweep(engine, 1000, progress=False, request_rate=[0.1, 0.2], seed=range(2))
+"""
 
 
 class Case(NamedTuple):
@@ -118,6 +111,24 @@ def flat(slots: int) -> Case:
     ticks, seeds = (1_000, 2) if TINY else (100_000, 20)
     load = {"prefill_time": 0.2, **CHUNKED}
     return Case("", 0.0, slots, IFB, load, {"request_rate": [0.46], "seed": range(seeds)}, ticks)
+
+
+def steps(case: Case) -> int:
+    """Steps of a `flat` sweep, whose steps all take one tick."""
+    return case.ticks * len(case.axes["seed"])
+
+
+def child(code: str, **environment: str) -> tuple[float, str]:
+    """Run code in a fresh process, with compiled bytecode as users have it.
+
+    Returns the seconds from its start to its end, and what it printed.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**inherited, **environment}
+    )
+    return time.perf_counter() - begin, done.stdout
 
 
 def seconds(function, repeat: int = 1) -> float:
