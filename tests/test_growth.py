@@ -115,11 +115,11 @@ def test_a_dataset_of_it_is_written_and_read_back(tmp_path):
     ("arguments", "message"),
     [
         ({"short": 100, "long": 100}, "must be > short"),
-        ({"short": 0}, "time_limit must be > 0"),
+        ({"short": 0}, "short must be > 0"),
         ({"stream_offset": [1, 2]}, "stream_offset can't be given here"),
         ({"warmup": 5}, "warmup can't be given here"),
         ({"keep": "requests"}, "keep can't be given here"),
-        ({"short": [1, 2]}, "time_limit must be a number"),
+        ({"short": [1, 2]}, "short must be a number"),
         ({"max_batch_size": xr.DataArray([1, 2], dims="seed")}, "dimension 'seed' must have another name"),
         ({"request_rte": [1]}, "unknown axis 'request_rte'; did you mean request_rate"),
     ],

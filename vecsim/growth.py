@@ -7,7 +7,7 @@ import numpy as np
 
 from vecsim.axes import plan
 from vecsim.engine import Engine
-from vecsim.measure import check_times
+from vecsim.measure import check_limit
 from vecsim.scenarios import lower
 from vecsim.sweep import sweep
 from vecsim.sweep.report import CRITERION, STABLE_SHARE, median, slots_of
@@ -52,9 +52,7 @@ def queue_growth(
     """
     import xarray as xr
 
-    if not isinstance(engine, Engine):
-        raise ValueError(f"engine must be an Engine, got {engine!r}")
-    short, long = check_times(short, 0.0)[0], check_times(long, 0.0)[0]
+    short, long = check_limit("short", short), check_limit("long", long)
     if not long > short:
         raise ValueError(f"long (the time limit) must be > short ({short:g}), got {long:g}")
     for name in axes:

@@ -1,5 +1,6 @@
 """The arguments that a run and a sweep share: how long, from when on, which quantiles."""
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -17,18 +18,34 @@ def check_times(time_limit: float, warmup: float) -> tuple[float, float]:
     ValueError
         When one isn't a number in its range.
     """
-    for name, value in (("time_limit", time_limit), ("warmup", warmup)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ValueError(f"{name} must be a number, got {shown(value)}")
-    try:
-        time_limit, warmup = float(time_limit), float(warmup)
-    except OverflowError:
-        raise ValueError(f"time_limit must be > 0 and <= {LONGEST_RUN:g}, got {shown(time_limit)}") from None
-    if not 0 < time_limit <= LONGEST_RUN:
-        raise ValueError(f"time_limit must be > 0 and <= {LONGEST_RUN:g}, got {time_limit:g}")
+    time_limit, warmup = check_limit("time_limit", time_limit), check_number("warmup", warmup)
     if not 0 <= warmup < time_limit:
         raise ValueError(f"warmup must be >= 0 and < time_limit ({time_limit:g}), got {warmup:g}")
     return time_limit, warmup
+
+
+def check_limit(name: str, value: float) -> float:
+    """How long a run takes, as a float.
+
+    Raises
+    ------
+    ValueError
+        When it isn't a number in its range.
+    """
+    limit = check_number(name, value)
+    if not 0 < limit <= LONGEST_RUN:
+        raise ValueError(f"{name} must be > 0 and <= {LONGEST_RUN:g}, got {limit:g}")
+    return limit
+
+
+def check_number(name: str, value: float) -> float:
+    """A number as a float, infinite if it's too large for one; a ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_quantiles(quantiles: Sequence[float] | None) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vecsim.kernel.state import Array
-from vecsim.plot.runs import timeline
+from vecsim.plot.runs import by_slot, timeline
 from vecsim.plot.style import DECODE, E2E, EMPTY, PREFILL, TTFT
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def cells(run: "Run") -> Cells:
     step = np.searchsorted(boundaries, at, side="right") - 1
     # The request that last began in the slot, if it's still there.
     place = np.full((slots, at.size), -1)
-    for slot in range(slots):
-        mine = np.flatnonzero(times.slot == slot)
+    for slot, mine in enumerate(by_slot(times, slots)):
         latest = np.searchsorted(times.started_at[mine], at, side="right") - 1
         some = latest >= 0
         some[some] = times.left_at[mine[latest[some]]] > at[some]

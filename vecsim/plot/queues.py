@@ -14,7 +14,6 @@ from vecsim.sweep.report import CRITERION, other_dims, texts
 if TYPE_CHECKING:
     import xarray as xr
 
-
 MOST_QUEUES = 2 * len(COLOURS)  # in a panel
 
 

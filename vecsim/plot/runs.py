@@ -53,6 +53,12 @@ def timeline(run: "Run") -> Timeline:
     )
 
 
+def by_slot(times: Timeline, slots: int) -> list[Array]:
+    """The places in the timeline of the requests of each slot, in the order of their start."""
+    order = np.argsort(times.slot, kind="stable")
+    return np.split(order, np.searchsorted(times.slot[order], np.arange(1, slots)))
+
+
 def run(run: "Run", *, interactive: bool = False) -> Any:
     """Draw a run: what each slot does over time, the queue, and the latencies when they were recorded.
 
@@ -228,10 +234,7 @@ def phase_image(times: Timeline, slots: int, end: float, rows: int, columns: int
     edges = np.linspace(0.0, end, columns + 1)
     row_of = np.arange(slots) * rows // slots
     shares = np.zeros((2, rows, columns))
-    order = np.argsort(times.slot, kind="stable")
-    cuts = np.searchsorted(times.slot[order], np.arange(slots + 1))
-    for slot in range(slots):
-        mine = order[cuts[slot] : cuts[slot + 1]]
+    for slot, mine in enumerate(by_slot(times, slots)):
         for phase, begin, stop in (
             (0, times.started_at[mine], times.first_token_at[mine]),
             (1, times.first_token_at[mine], times.left_at[mine]),
