@@ -34,7 +34,8 @@ def check_limit(name: str, value: float) -> float:
     """
     limit = check_number(name, value)
     if not 0 < limit <= LONGEST_RUN:
-        raise ValueError(f"{name} must be > 0 and <= {LONGEST_RUN:g}, got {limit:g}")
+        got = f"{limit:g}" if math.isfinite(limit) else shown(value)
+        raise ValueError(f"{name} must be > 0 and <= {LONGEST_RUN:g}, got {got}")
     return limit
 
 
