@@ -20,4 +20,34 @@ class TickStepTime(StepTime, frozen=True, kw_only=True, tag=True):
         return max(prefill_time, decode_time, 1.0)
 
 
+TICK, LINEAR, POLYNOMIAL, TABLE, OWN = range(5)
+
+
+def duration(
+    model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
+):
+    """Rule: how long a step takes [s], from what it does. O(1)."""
+    if model.code == LINEAR:
+        seconds = (
+            model.a
+            + model.b * (prefill_requests + decode_requests)
+            + model.c * prefill_tokens
+            + model.d * decode_requests
+            + model.e * decode_context
+            + model.f * attention
+            + (model.g if prefill_requests > 0 else 0.0)
+        )
+    elif model.code == POLYNOMIAL:
+        seconds = 0.0
+        if prefill_requests > 0:
+            n = float(prefill_requests * (prefill_tokens // prefill_requests))
+            seconds = (model.a * n + model.b) * n + model.c
+        if decode_requests > 0:
+            u = min(1.0, decode_context / model.kv_tokens)
+            seconds += max(model.g, (model.d * u + model.e) * u + model.f)
+    else:
+        seconds = 0.0
+    return seconds + model.per_step
+
+
 AnyStepTime = TickStepTime

@@ -29,6 +29,15 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 # Only entries are called from Python: the others need no code that unpacks Python objects.
 inner: Any = cast(Any, numba.njit)(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
+# Without reference counts on arrays, for functions that make none: their callers hold them. An atomic count for each
+# array that a function is given cost the token model's step loop nine tenths of its time.
+bare: Any = cast(Any, numba.njit)(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
+
+# The same, always compiled into its caller: passing dozens of arrays takes longer than most steps.
+inlined: Any = cast(Any, numba.njit)(
+    **OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False, forceinline=True
+)
+
 # An unsigned index spares the check for a negative one at each access: measured 7 to 37 % of the step loop.
 unsigned = np.uint64
 

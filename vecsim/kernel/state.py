@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 # Kinds of random numbers that a stream is made of
 NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, EXPONENTIAL_DRAWS, GAMMA_DRAWS = range(5)
 
-# What became of a scenario: done, more requests are needed than were drawn, the user interrupted, or the batcher's
-# rule returned what can't be
-DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED = range(4)
+# What became of a scenario: done, more requests are needed than were drawn, the user interrupted, the batcher's rule
+# returned what can't be, there are more steps than room for their record, or a step's duration can't be
+DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED, OUT_OF_STEPS, BAD_DURATION = range(6)
 
 Array = NDArray[Any]
 
@@ -142,3 +142,165 @@ class Outcome(NamedTuple):
     most_prefilling: int
     max_queue: int
     end_time: float
+
+
+class TokenBatch(NamedTuple):
+    """What the rule of a user's own batcher is told, in the token model, of a request that could compute tokens."""
+
+    running: int  # requests in slots
+    prefilling: int  # requests whose prompt is being computed
+    decoding: int  # requests past their first token
+    free: int  # slots
+    queued: int  # requests in the queue
+    time: float  # seconds since the run began
+    waited: float  # seconds since this request arrived (or was preempted)
+    prefill_requests: int  # whose prompts are scheduled in this step already
+    prefill_tokens: int  # so scheduled
+    decode_context: int  # tokens in the context of the decoding requests
+    free_blocks: int  # of KV memory
+    blocks: int  # of KV memory in all
+    block_size: int  # tokens
+    head_started: int  # 1 if the request runs already, 0 if it is the head of the queue
+    head_tokens: int  # that it still has to compute
+    head_cached_tokens: int  # computed already, or found in the prefix cache
+    head_prompt_tokens: int
+    head_max_tokens: int  # the client's cap on its output
+    head_class: int  # place in the load's classes
+    parameter: float  # the batcher's own number
+
+
+class StepBatch(NamedTuple):
+    """What a step does, for a step time."""
+
+    prefill_requests: int
+    prefill_tokens: int
+    prefill_attention: float  # sum over the chunks of tokens x (context before + tokens / 2)
+    prefill_squares: float  # sum over the chunks of tokens^2
+    prefill_context: int  # sum over the chunks of their context before, each rounded up to a table's step
+    decode_requests: int
+    decode_context: int  # tokens, the ones being written included
+    kv_tokens: int  # that KV memory has room for
+    parameter: float  # the step time's own number
+
+
+class Policy(NamedTuple):
+    """All that a batcher decides (scalars)."""
+
+    slots: int
+    budget: int  # tokens of a step
+    longest: int  # prompt + output tokens of a request
+    chunked: bool  # prompts may be split
+    threshold: int  # prompt tokens of one request in a step; 0 = any
+    padded: bool  # prompts cost as much as the longest of the step
+    prefill_only: bool  # steps of prompts alone, while there can be one
+    one_prompt: bool  # one prompt at a time
+    into_empty: bool  # admit only when nothing runs; all leave together
+    hold: int  # AS_SCHEDULED, WHOLE_PROMPT or RESERVED
+    reserve_tokens: int  # 0: prompt + max_tokens
+    reserve_full_prompt: bool
+    admits_after_preemption: bool
+    victim: int  # LAST, LEAST_URGENT or FEWEST_TOKENS
+    to_back: bool  # where a preempted request goes in the queue
+    order: int  # of the queue
+    asynchronous: bool
+    ratio: float  # of what may be generated that room is kept for (SGLang); 0 = none
+    least_ratio: float
+    ratio_decay: float  # a step
+    room_tokens: int  # of a request's output that count
+    page: int  # tokens
+    retract_steps: int  # tokens that are expected beyond those so far, after a retraction
+    custom: bool  # a rule of the user's own
+    parameter: float  # that it is given
+
+
+class Memory(NamedTuple):
+    """KV memory (scalars)."""
+
+    blocks: int
+    block_size: int  # tokens
+    shift: int  # log2(block_size), -1 where that isn't whole
+    watermark: int  # blocks that stay free at admission while anything runs
+    caching: bool  # of prefixes
+    front: bool  # freed blocks without an id are taken first
+
+
+class StepModel(NamedTuple):
+    """A step time (scalars, and arrays of tables)."""
+
+    code: int  # of `vecsim.step_time.duration`
+    a: float
+    b: float
+    c: float
+    d: float
+    e: float
+    f: float
+    g: float
+    per_step: float  # seconds added to each
+    kv_tokens: int  # that KV memory has room for
+    context_step: int  # that prefill contexts are rounded up to
+    terms: Array  # [term, field] of a table
+    grids: Array
+    values: Array
+
+
+class TokenLoad(NamedTuple):
+    """Requests of one scenario in the token model [request]; the first `static` have a time of arrival from the start."""
+
+    arrived_at: Array  # seconds
+    prompt_tokens: Array
+    output_tokens: Array
+    max_tokens: Array
+    classes: Array  # place in the two below; empty: all 0
+    follower: Array  # the request that follows in its session, -1 if none; empty: no sessions
+    think: Array  # seconds from the end of the request before it in the session
+    urgency: Array  # [class] the least goes first
+    ttft_limits: Array  # [class] seconds
+    static: int
+    closed: bool  # a request comes when one ends
+    think_time: float  # seconds from the end of one to the arrival of the next in a closed loop
+    before_queue: float  # seconds from its arrival until a request can be queued
+    per_token: float  # seconds after a step's end until a token is seen, for each token so far
+    at_completion: float  # seconds until a completion is seen
+
+
+class TokenWork(NamedTuple):
+    """What one thread works in, in the token model; see `vecsim.kernel.token` for the rows."""
+
+    counts: Array
+    sums: Array
+    gaps: Array  # [bin] tokens by the time since the last one
+    own: Array  # [row, request]
+    times: Array  # [row, request]
+    first: Array  # [ring] the request that ends at a decode step and was admitted last
+    unclip: Array  # [ring]
+    residues: Array  # [block_size] decoding requests that need a block at decode steps of this residue
+    prefills: Array  # [slot] requests whose prompt is being computed, in the order of admission
+    chunk_of: Array  # [slot] the request of each chunk of the step
+    chunk_tokens: Array
+    stack: Array  # requests in the order of admission, with holes where they have left
+    waiting: Array  # ring, a power of two: the queue
+    heap: Array  # [request] the queue, in other orders
+    coming: Array  # [request] a heap of those that will arrive
+    ended: Array  # [slot] requests that have ended, and hold what they held
+    joined: Array  # [slot] requests that have begun to decode, since the last decode
+    joined_at: Array  # when
+    starving: Array  # [2 x slot] decoding requests that had no token in this step, and in the last one
+
+
+class Cache(NamedTuple):
+    """KV blocks that can be found; see `vecsim.kernel.kv`."""
+
+    nodes: Array  # [row, node]
+    node_of: Array  # [id]
+    owned: Array  # [row, request]
+    own: Array  # [place] whether a request's block with a given id is one of its own
+    ids: Any  # how blocks get their ids
+    shared: Array  # [request] blocks that have given ids
+    own_start: Array  # [request] first place in `own`
+
+
+class StepRecord(NamedTuple):
+    """What each step was [row, step]; of no step if it isn't kept."""
+
+    times: Array
+    counts: Array
