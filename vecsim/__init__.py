@@ -1,20 +1,49 @@
 """vecsim: a vectorised simulator of LLM inference serving."""
 
 from vecsim import plot
-from vecsim.batching import Batcher, CustomBatcher, IFBatcher, IFBatcherWithOnePrefillOnly, StaticBatcher
+from vecsim.batching import (
+    Batcher,
+    ChunkedPrefillBatcher,
+    CustomBatcher,
+    IFBatcher,
+    IFBatcherWithOnePrefillOnly,
+    MaxUtilizationBatcher,
+    NoEvictBatcher,
+    PrefillFirstBatcher,
+    SGLangBatcher,
+    StaticBatcher,
+    TokenBudgetBatcher,
+)
 from vecsim.engine import Engine
 from vecsim.growth import queue_growth
-from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform
+from vecsim.kv_cache import KVCache
+from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform, Zipf
 from vecsim.load import (
+    SLO,
     BatchLoadGenerator,
     ConcurrentLoadGenerator,
     GammaLoadGenerator,
     LoadGenerator,
+    PiecewiseLoadGenerator,
     PoissonLoadGenerator,
+    RequestClass,
     RequestRateLoadGenerator,
+    Sessions,
+    SharedPrefix,
+    TraceLoadGenerator,
+    read_trace,
 )
+from vecsim.overheads import Overheads
 from vecsim.run import Run
-from vecsim.step_time import StepTime, TickStepTime
+from vecsim.step_time import (
+    CustomStepTime,
+    LinearStepTime,
+    PolynomialStepTime,
+    StepTime,
+    TableStepTime,
+    TableTerm,
+    TickStepTime,
+)
 from vecsim.sweep import sweep
 
 __version__ = "0.1.0"
@@ -22,26 +51,47 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchLoadGenerator",
     "Batcher",
+    "ChunkedPrefillBatcher",
     "ConcurrentLoadGenerator",
     "Constant",
     "CustomBatcher",
+    "CustomStepTime",
     "Distribution",
     "Empirical",
     "Engine",
     "GammaLoadGenerator",
     "IFBatcher",
     "IFBatcherWithOnePrefillOnly",
+    "KVCache",
+    "LinearStepTime",
     "LoadGenerator",
     "LogNormal",
+    "MaxUtilizationBatcher",
+    "NoEvictBatcher",
     "Normal",
+    "Overheads",
+    "PiecewiseLoadGenerator",
     "PoissonLoadGenerator",
+    "PolynomialStepTime",
+    "PrefillFirstBatcher",
+    "RequestClass",
     "RequestRateLoadGenerator",
     "Run",
+    "SGLangBatcher",
+    "SLO",
+    "Sessions",
+    "SharedPrefix",
     "StaticBatcher",
     "StepTime",
+    "TableStepTime",
+    "TableTerm",
     "TickStepTime",
+    "TokenBudgetBatcher",
+    "TraceLoadGenerator",
     "Uniform",
+    "Zipf",
     "plot",
     "queue_growth",
+    "read_trace",
     "sweep",
 ]

@@ -10,12 +10,22 @@ import numpy as np
 from vecsim.declaration import Declaration, Range, _checks, check, shown, suggestion
 from vecsim.kernel.state import Array
 from vecsim.memory import require_results
-from vecsim.variables import REQUEST_VARIABLES, TICK_VARIABLES
+from vecsim.variables import (
+    CLASS_VARIABLES,
+    REQUEST_VARIABLES,
+    TICK_VARIABLES,
+    TOKEN_REQUEST_VARIABLES,
+    TOKEN_VARIABLES,
+)
 
 # Names that results use: an axis over a field of such a name is a dimension under its full path.
 TAKEN = {
-    *("stat", "request", "time", "run", "queue_size"),
-    *(variable.name for variable in (*TICK_VARIABLES, *REQUEST_VARIABLES)),
+    *("stat", "request", "time", "run", "queue_size", "class"),
+    *(
+        variable.name
+        for variables in (TICK_VARIABLES, REQUEST_VARIABLES, TOKEN_VARIABLES, CLASS_VARIABLES, TOKEN_REQUEST_VARIABLES)
+        for variable in variables
+    ),
 }
 
 

@@ -68,13 +68,15 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises
         ------
         ValueError
-            When a function in it has no name that it could be imported by.
+            When a function in it has no name that it could be imported by, or an array in it is long.
         """
         import tomli_w
 
         text = tomli_w.dumps(to_plain(self))
         if found := re.search(r'"([^"\n]*<(?:locals|lambda)>[^"\n]*)"', text):
             raise ValueError(f"{found[1]} can't be written down: define the function at the top of a module")
+        if NOT_WRITTEN in text:
+            raise ValueError(f"an array of more than {LONGEST_LIST} values isn't written down: read it from a file")
         return text
 
     @classmethod
@@ -134,16 +136,94 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return f"{self.name}({', '.join(fields)})" if fields else self.name
 
 
+class Values:
+    """An array in a declaration: never changed, equal and hashed by its content."""
+
+    __slots__ = ("array", "digest", "is_read")
+
+    def __init__(self, array: Any, is_read: bool = False) -> None:
+        import hashlib
+
+        import numpy as np
+
+        self.array = np.array(array)
+        self.array.flags.writeable = False
+        self.is_read = is_read  # from a file that the declaration names
+        self.digest = hashlib.sha256(self.array.tobytes()).hexdigest()[:16] + f" {self.array.shape}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Values) and self.digest == other.digest and self.array.dtype == other.array.dtype
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.array if dtype is None else self.array.astype(dtype)
+
+    def __repr__(self) -> str:
+        return shown(self.array.tolist())
+
+    def plain(self) -> Any:
+        """A list if it's short, else what it can be told by; None if it can be read from its file again."""
+        if self.is_read:
+            return None
+        return self.array.tolist() if self.array.size <= LONGEST_LIST else f"{NOT_WRITTEN} {self.digest}"
+
+
+LONGEST_LIST = 1000
+NOT_WRITTEN = "array, not written:"
+
+
+def check_array(name: str, value: Any, kind: type, dims: int = 1, low: float = -math.inf, high: float = math.inf) -> Values:
+    """Numbers as `Values`: all finite, whole where `kind` is int, and in their range.
+
+    Raises
+    ------
+    ValueError
+        When they aren't: names the first that isn't.
+    """
+    import numpy as np
+
+    if isinstance(value, Values):
+        return value
+    what = "whole numbers" if kind is int else "numbers"
+    if isinstance(value, str) and value.startswith(NOT_WRITTEN):
+        raise ValueError(f"{name} was too long to be written down: read it from a file")
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf" or array.ndim != dims:
+            raise ValueError
+        numbers = array.astype(np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name} must be {what} in {dims} dimension{'s' * (dims > 1)}, got {shown(value)}") from None
+    wrong = ~np.isfinite(numbers) | (numbers < low) | (numbers > high)
+    if kind is int:
+        wrong |= numbers != np.floor(numbers)
+    if wrong.any():
+        at = int(np.flatnonzero(wrong.ravel())[0])
+        limits = f" >= {low:g}" if low > -math.inf else ""
+        limits += f" and <= {high:.10g}" if high < math.inf else ""
+        raise ValueError(f"{name} must be {what}{limits}, got {numbers.ravel()[at]:.10g} at place {at}")
+    return Values(array.astype(np.int64 if kind is int else np.float64))
+
+
 def to_plain(declaration: Declaration) -> dict[str, Any]:
     """Nested dicts of a declaration, without what is None (TOML knows no null)."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: clean(item) for key, item in value.items() if item is not None}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
         return value
 
-    def encode(function: Any) -> str:
-        return f"{function.__module__}:{function.__qualname__}"
+    def encode(value: Any) -> Any:
+        if isinstance(value, Values):
+            return value.plain()
+        return f"{value.__module__}:{value.__qualname__}"
 
     return clean(msgspec.to_builtins(declaration, enc_hook=encode))
 
@@ -199,6 +279,19 @@ def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) 
     """Return the value in its plain type, or raise a ValueError that says what is allowed."""
     if value is None and type(None) in kinds:
         return None
+    for kind in kinds:
+        if get_origin(kind) is typing.Literal:
+            if value in get_args(kind):
+                return value
+            raise ValueError(
+                f"{name} must be one of {', '.join(get_args(kind))}, got {shown(value)}{suggestion(str(value), get_args(kind))}"
+            )
+    if bool in kinds:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+    if str in kinds and not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {shown(value)}")
     structs = tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Declaration))
     if structs and isinstance(value, structs):
         return value

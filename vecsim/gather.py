@@ -7,8 +7,16 @@ import numpy as np
 
 from vecsim.axes import Plan
 from vecsim.declaration import Declaration, to_plain
-from vecsim.kernel.state import Array, Record
-from vecsim.variables import REQUEST_VARIABLES, STEP_VARIABLES, TICK_VARIABLES, Variable, stat_labels
+from vecsim.kernel.state import Array, TokenRecord
+from vecsim.variables import (
+    CLASS_VARIABLES,
+    REQUEST_VARIABLES,
+    STEP_VARIABLES,
+    TOKEN_REQUEST_VARIABLES,
+    Variable,
+    metric_variables,
+    stat_labels,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,8 +28,10 @@ def metrics_dataset(
     coords: dict[str, Any],
     quantiles: tuple[float, ...],
     attrs: dict[str, Any],
+    token: bool = False,
+    classes: tuple[str, ...] = (),
 ) -> "xr.Dataset":
-    """A Dataset of all output variables over the dimensions in `sizes` (and `stat`)."""
+    """A Dataset of all output variables over the dimensions in `sizes` (and `stat`, and `class` if there are any)."""
     import xarray as xr
 
     dims = tuple(sizes)
@@ -29,7 +39,7 @@ def metrics_dataset(
     stats = stat_labels(quantiles)
     variables = {}
     at = 0
-    for variable in TICK_VARIABLES:
+    for variable in metric_variables(token):
         width = len(stats) if variable.over_stat else 1
         values = metrics[:, at : at + width]  # a view; the reshape below copies nothing
         at += width
@@ -37,7 +47,13 @@ def metrics_dataset(
             variables[variable.name] = describe(variable, (*dims, "stat"), values.reshape(*shape, width))
         else:
             variables[variable.name] = describe(variable, dims, values.reshape(shape))
-    return xr.Dataset(variables, {**coords, "stat": ("stat", np.array(stats))}, attrs)
+    coords = {**coords, "stat": ("stat", np.array(stats))}
+    if classes:
+        by_class = metrics[:, at:].reshape(*shape, len(classes), len(CLASS_VARIABLES))
+        for i, variable in enumerate(CLASS_VARIABLES):
+            variables[variable.name] = describe(variable, (*dims, "class"), by_class[..., i])
+        coords["class"] = ("class", np.array(classes))
+    return xr.Dataset(variables, coords, attrs)
 
 
 def describe(variable: Variable, dims: tuple[str, ...], values: Array) -> "xr.Variable":
@@ -50,11 +66,11 @@ def describe(variable: Variable, dims: tuple[str, ...], values: Array) -> "xr.Va
     return xr.Variable(dims, values, attrs)
 
 
-def record_variables(record: Record, dims: tuple[str, ...], shape: tuple[int, ...]) -> "dict[str, xr.Variable]":
+def record_variables(record: Any, dims: tuple[str, ...], shape: tuple[int, ...]) -> "dict[str, xr.Variable]":
     """The per-request arrays, over `dims` and `request`."""
     return {
         variable.name: describe(variable, (*dims, "request"), getattr(record, variable.name).reshape(*shape, -1))
-        for variable in REQUEST_VARIABLES
+        for variable in (TOKEN_REQUEST_VARIABLES if isinstance(record, TokenRecord) else REQUEST_VARIABLES)
     }
 
 
@@ -80,14 +96,20 @@ def axis_coords(plan: Plan) -> dict[str, Any]:
             continue
         field = axis.path.rpartition(".")[2]
         attrs = {"long_name": field.replace("_", " ")}
-        if field in FIELD_UNITS:
-            attrs["units"] = FIELD_UNITS[field]
+        if units := field_units(field, plan.engine.is_token):
+            attrs["units"] = units
         if axis.is_component:
             # Labels are short; the whole declarations are kept beside them.
             plain = [to_plain(value) if isinstance(value, Declaration) else value for value in axis.values.flat]
             attrs["declarations"] = msgspec.json.encode(plain).decode()
         coords[axis.name] = (axis.dims, axis.labels(), attrs)
     return coords
+
+
+def field_units(field: str, token: bool) -> str:
+    """The unit of a field; none if it has none."""
+    units = FIELD_UNITS.get(field, "")
+    return units.replace("per tick", "per second").replace("ticks", "s") if token else units
 
 
 FIELD_UNITS = {
@@ -99,8 +121,14 @@ FIELD_UNITS = {
     "target_output_len_tokens": "tokens",
     "target_output_len_std": "tokens",
     "output_tokens": "tokens",
+    "prompt_tokens": "tokens",
+    "max_num_batched_tokens": "tokens",
+    "chunk_tokens": "tokens",
+    "blocks": "blocks",
+    "block_size": "tokens",
     "initial_batch": "requests",
     "target_concurrency": "requests",
+    "think_time": "ticks",
 }
 
 
@@ -111,6 +139,6 @@ def base_attrs(engine: Any, time_limit: float, warmup: float) -> dict[str, Any]:
     return {
         "declaration": engine.to_json(),
         "vecsim_version": __version__,
-        "time_limit": time_limit,
+        "time_limit": time_limit,  # infinite if there was none
         "warmup": warmup,
     }

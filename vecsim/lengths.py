@@ -1,5 +1,7 @@
 """Output-length distributions: declaration and rule side by side."""
 
+import functools
+import itertools
 import math
 from typing import Annotated
 
@@ -9,8 +11,11 @@ from vecsim.declaration import Declaration, NonNegative, Number, Range, shown
 from vecsim.kernel.state import NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS
 
 # Codes of the rule `output_tokens`, and the numbers that each is made from
-CONSTANT, NORMAL, UNIFORM, LOGNORMAL, EMPIRICAL = range(5)
-DRAWS = (NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS)
+CONSTANT, NORMAL, UNIFORM, LOGNORMAL, EMPIRICAL, CHOICE, SEQUENCE = range(7)
+DRAWS = (NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, UNIFORM_DRAWS, NO_DRAWS)
+
+# Cumulative probabilities in tables are whole numbers out of this.
+CERTAIN = 2**53
 
 MOST_TOKENS = 2**30
 
@@ -154,11 +159,45 @@ class Empirical(Distribution, frozen=True, kw_only=True, tag=True):
         return f"Empirical({shown(self.values)})"
 
 
-AnyDistribution = Constant | Normal | Uniform | LogNormal | Empirical
+class Zipf(Distribution, frozen=True, kw_only=True, tag=True):
+    """Whole lengths from 1 to `high`, length k with probability proportional to k^-exponent.
+
+    Parameters
+    ----------
+    exponent : float
+        0 makes all equally likely; the larger, the more are short.
+    high : int
+        Longest length [tokens].
+    """
+
+    exponent: NonNegative = 1.0
+    high: Annotated[int, Range(1, 2**20)]
+
+    def parameters(self) -> tuple[int, float, float, tuple[int, ...]]:
+        return CHOICE, 0.0, 0.0, cumulative(self.high, self.exponent)
+
+    def expected(self) -> float:
+        weights = [k**-self.exponent for k in range(1, self.high + 1)]
+        return sum(k * weight for k, weight in enumerate(weights, 1)) / sum(weights)
 
 
-def output_tokens(code, a, b, table, draw):
-    """Rule: the length of one request, from one number of its stream (see `DRAWS`)."""
+@functools.lru_cache(maxsize=16)
+def cumulative(high: int, exponent: float) -> tuple[int, ...]:
+    """Zipf's cumulative probabilities, for the rule `output_tokens`."""
+    return choice([k**-exponent for k in range(1, high + 1)])
+
+
+def choice(weights: list[float]) -> tuple[int, ...]:
+    """The table of `CHOICE`: 1, 2, ... with probabilities proportional to weights."""
+    sums = list(itertools.accumulate(weights))
+    return tuple(round(CERTAIN * part / sums[-1]) for part in sums)
+
+
+AnyDistribution = Constant | Normal | Uniform | LogNormal | Empirical | Zipf
+
+
+def output_tokens(code, a, b, table, i, draw):
+    """Rule: the length of request i, from one number of its stream (see `DRAWS`)."""
     if code == NORMAL:
         x = a + b * draw
     elif code == LOGNORMAL:
@@ -167,6 +206,17 @@ def output_tokens(code, a, b, table, draw):
         x = a + math.floor(draw * (b - a + 1.0))
     elif code == EMPIRICAL:
         x = float(table[int(draw * len(table))])
+    elif code == CHOICE:
+        low, high = 0, len(table) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if table[middle] > draw * CERTAIN:
+                high = middle
+            else:
+                low = middle + 1
+        x = low + 1.0
+    elif code == SEQUENCE:
+        x = math.ceil(a * table[i] - 1e-9) if i < len(table) else 1.0
     else:
         x = a
     return int(min(max(x, 1.0), float(MOST_TOKENS)))

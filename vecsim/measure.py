@@ -10,15 +10,18 @@ from vecsim.variables import DEFAULT_QUANTILES, stat_labels
 LONGEST_RUN = 1e9
 
 
-def check_times(time_limit: float, warmup: float) -> tuple[float, float]:
-    """Both as floats.
+def check_times(time_limit: float | None, warmup: float, token: bool = False) -> tuple[float, float]:
+    """Both as floats; in the token model there may be no limit.
 
     Raises
     ------
     ValueError
         When one isn't a number in its range.
     """
-    time_limit, warmup = check_limit("time_limit", time_limit), check_number("warmup", warmup)
+    if time_limit is None and not token:
+        raise ValueError("time_limit must be given in the tick model")
+    time_limit = math.inf if time_limit is None else check_limit("time_limit", time_limit)
+    warmup = check_number("warmup", warmup)
     if not 0 <= warmup < time_limit:
         raise ValueError(f"warmup must be >= 0 and < time_limit ({time_limit:g}), got {warmup:g}")
     return time_limit, warmup

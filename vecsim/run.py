@@ -13,7 +13,7 @@ from vecsim.gather import base_attrs, describe, metrics_dataset, record_variable
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
-from vecsim.variables import STEP_VARIABLES, stat_labels
+from vecsim.variables import STEP_VARIABLES, TOKEN_STEP_VARIABLES, stat_labels
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -35,6 +35,10 @@ class Run:
         it never happened], `output_tokens`, `slot` (-1 if it never started).
     steps : xarray.Dataset
         Over `step`: `time`, `duration` [ticks], `queue_size`, `prefilling`, `decoding` [requests].
+
+    In the token model times are seconds, latencies count from `arrived_at`, requests have `prompt_tokens`, `hit_tokens`,
+    `preempted`, `dropped` and `class_number` instead of `enqueued_at` and `slot`, and steps `prefill_tokens`,
+    `kv_blocks` and `running` too.
     """
 
     def __init__(
@@ -54,14 +58,16 @@ class Run:
     @functools.cached_property
     def metrics(self) -> "xr.Dataset":
         attrs = base_attrs(self.engine, self.time_limit, self.warmup)
-        return metrics_dataset(self._single.metrics[np.newaxis], {}, {}, self._quantiles, attrs)
+        token = self.engine.is_token
+        classes = tuple(kind.name for kind in self.engine.load_generator.classes) if token else ()
+        return metrics_dataset(self._single.metrics[np.newaxis], {}, {}, self._quantiles, attrs, token, classes)
 
     @functools.cached_property
     def requests(self) -> "xr.Dataset":
         import xarray as xr
 
         variables = record_variables(self._single.record, (), ())
-        size = self._single.record.slot.shape[1]
+        size = self._single.record.arrived_at.shape[1]
         return xr.Dataset(
             variables,
             {"request": np.arange(size)},
@@ -72,7 +78,32 @@ class Run:
     def steps(self) -> "xr.Dataset":
         import xarray as xr
 
+        if self.engine.is_token:
+            variables, steps = self._token_steps()
+        else:
+            variables, steps = self._tick_steps()
+        return xr.Dataset(
+            variables,
+            {"step": np.arange(steps)},
+            base_attrs(self.engine, self.time_limit, self.warmup),
+        )
+
+    def _token_steps(self) -> tuple[dict[str, Any], int]:
+        """(variables of the steps, how many there are) in the token model."""
+        record = self._single.steps
+        assert record is not None
+        values = (*record.times, *record.counts)
+        variables = {
+            variable.name: describe(variable, ("step",), array)
+            for variable, array in zip(TOKEN_STEP_VARIABLES, values, strict=True)
+        }
+        return variables, record.times.shape[1]
+
+    def _tick_steps(self) -> tuple[dict[str, Any], int]:
+        """(variables of the steps, how many there are) in the tick model."""
         outcome, scratch = self._single.outcome, self._single.scratch
+        assert outcome is not None
+        assert scratch is not None
         steps = outcome.steps
         started = scratch.started_step[: outcome.started]
         first = started + self.engine.load_generator.total_prefill_chunks
@@ -92,14 +123,10 @@ class Run:
             "decoding": count(first, ended),
         }
         variables = {variable.name: describe(variable, ("step",), values[variable.name]) for variable in STEP_VARIABLES}
-        return xr.Dataset(
-            variables,
-            {"step": np.arange(steps)},
-            base_attrs(self.engine, self.time_limit, self.warmup),
-        )
+        return variables, steps
 
     def plot(self, *, interactive: bool = False) -> Any:
-        """Draw slots, queue and latencies over time; see `vecsim.plot.run`."""
+        """Draw the run over time: slots (batch and KV memory in the token model), queue, latencies; see `vecsim.plot.run`."""
         from vecsim import plot
 
         return plot.run(self, interactive=interactive)
@@ -107,6 +134,8 @@ class Run:
     def _rows(self) -> list[tuple[str, str]]:
         """(label, value) in the reference's words and digits."""
         metrics = self.metrics
+        if self.engine.is_token:
+            return self._token_rows()
         mean = {name: float(metrics[name].sel(stat="mean")) for name in ("e2e", "ttft", "itl")}
         return [
             ("Average E2E Latency", f"{mean['e2e']:.2f}"),
@@ -119,10 +148,34 @@ class Run:
             ("Slot Utilization", f"{100 * float(metrics.utilization):.1f} %"),
         ]
 
+    def _token_rows(self) -> list[tuple[str, str]]:
+        """(label, value) of the token model."""
+        metrics = self.metrics
+
+        def share(name: str) -> str:
+            return f"{100 * float(metrics[name]):.1f} %"
+
+        rows = [
+            ("Requests/s", f"{float(metrics.request_throughput):.3f}"),
+            ("Output tokens/s", f"{float(metrics.token_throughput):,.1f}"),
+            ("Goodput [requests/s]", f"{float(metrics.goodput):.3f} (SLO attainment {share('slo_attainment')})"),
+            ("Completed requests", f"{int(metrics.completed)} of {int(metrics.arrived)}, {int(metrics.dropped)} refused"),
+            ("Final queue", f"{int(metrics.final_queue)} (largest {int(metrics.max_queue)})"),
+            ("Slot utilization", share("utilization")),
+            ("Batch size", f"{float(metrics.batch_size):.1f} requests, {float(metrics.step_tokens):.1f} tokens a step"),
+        ]
+        if not np.isnan(float(metrics.kv_use)):
+            rows.append(("KV memory", f"{share('kv_use')} in use, peak {share('kv_peak')}"))
+            rows.append(("Preemptions", f"{int(metrics.preemptions)}"))
+        if self.engine.kv_cache is not None and self.engine.kv_cache.prefix_caching:
+            rows.append(("Prefix hit rate", share("prefix_hit_rate")))
+        return rows
+
     def _latencies(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
         """Column heads, and a row of numbers for each latency."""
+        digits = 4 if self.engine.is_token else 2
         rows = [
-            (title, [f"{value:.2f}" for value in self.metrics[name].values])
+            (title, [f"{value:.{digits}f}" for value in self.metrics[name].values])
             for name, title in (
                 ("e2e", "E2E"),
                 ("ttft", "TTFT"),
@@ -137,13 +190,19 @@ class Run:
     def title(self) -> str:
         """One line: what was run."""
         load = self.engine.load_generator.label()
-        return f"{self.engine.batcher.label()}, {self.engine.max_batch_size} slots, {load}, {self.time_limit:g} ticks"
+        limit = f"{self.time_limit:g} {self.unit}" if self.time_limit < np.inf else "to the end"
+        return f"{self.engine.batcher.label()}, {self.engine.max_batch_size} slots, {load}, {limit}"
+
+    @property
+    def unit(self) -> str:
+        """Of times: ticks, or s."""
+        return "s" if self.engine.is_token else "ticks"
 
     def __str__(self) -> str:
         lines = [self.title, ""]
         lines += [f"{label} = {value}" if "/(" in label else f"{label}: {value}" for label, value in self._rows()]
         heads, rows = self._latencies()
-        lines += ["", f"{'[ticks]':8}" + "".join(f"{head:>10}" for head in heads)]
+        lines += ["", f"{f'[{self.unit}]':8}" + "".join(f"{head:>10}" for head in heads)]
         lines += [f"{title:8}" + "".join(f"{number:>10}" for number in numbers) for title, numbers in rows]
         return "\n".join(lines)
 
@@ -168,20 +227,20 @@ class Run:
         return (
             f"<div><b>{html.escape(self.title)}</b>"
             + table([], [list(row) for row in self._rows()])
-            + table(["ticks", *heads], [[title, *numbers] for title, numbers in rows])
+            + table([self.unit, *heads], [[title, *numbers] for title, numbers in rows])
             + "</div>"
         )
 
 
 def run(
     engine: Engine,
-    time_limit: float,
+    time_limit: float | None = None,
     *,
     warmup: float = 0.0,
     quantiles: Sequence[float] | None = None,
 ) -> Run:
     """Simulate an engine once; see `Engine.run`."""
-    time_limit, warmup = check_times(time_limit, warmup)
+    time_limit, warmup = check_times(time_limit, warmup, engine.is_token)
     wanted = check_quantiles(quantiles)
     table = lower(Plan(engine, (), {}, {}), time_limit)
     return Run(engine, time_limit, warmup, wanted, simulate_one(table, Measured(warmup, np.array(wanted), np.empty(0))))

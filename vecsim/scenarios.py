@@ -13,13 +13,15 @@ from vecsim.kernel.state import (
     EXPONENTIAL_DRAWS,
     GAMMA_DRAWS,
     NO_DRAWS,
+    RECORDED,
     Array,
     ArrivalParameters,
     LengthParameters,
     Scenarios,
 )
-from vecsim.lengths import DRAWS
-from vecsim.load import AT_ONCE, CLOSED, RENEWAL
+from vecsim.lengths import DRAWS, SEQUENCE
+from vecsim.load import AT_ONCE, CLOSED, EVENLY, OUTPUT, PIECEWISE, RENEWAL, TRACED, Stream
+from vecsim.token_scenarios import TOKEN_COLUMNS, TokenTables, check_columns, refuse_endless, token_parameters, token_requests_needed
 
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
 COLUMNS = {
@@ -34,7 +36,7 @@ COLUMNS = {
     "load_generator.initial_batch": "requests",
     "load_generator.target_concurrency": "requests",
 }
-INTEGERS = ("batcher", "max_batch_size", "total_prefill_chunks", "arrivals", "requests", "seed", "offset")
+INTEGERS = ("batcher", "max_batch_size", "total_prefill_chunks", "arrivals", "requests", "seed", "offset", "functions")
 
 # The drawn streams of a block stay within this, unless one alone is larger.
 BLOCK_BYTES = 64 * 2**20
@@ -54,8 +56,10 @@ class Table(NamedTuple):
     lengths: LengthParameters  # of every length stream
     arrivals: ArrivalParameters  # of every arrival stream
     tables: Array  # values of empirical distributions, one after the other
-    rules: tuple[Any, ...]  # of batchers of the user's own
+    rules: tuple[Any, ...]  # the user's own: of batchers; in the token model (rule, step time) where one is
+    streams: int  # of lengths that a scenario has
     time_limit: float
+    token: TokenTables | None  # what the scenarios of the token model share; None in the tick model
 
     @property
     def size(self) -> int:
@@ -83,9 +87,11 @@ def lower(plan: Plan, time_limit: float) -> Table:
         return values.transpose(order).reshape(sizes)
 
     # Axes over components and their inner fields: one declaration for each combination.
-    inner = [axis for axis in plan.axes if axis.path not in COLUMNS]
+    token = TokenTables() if plan.engine.is_token else None
+    fast = COLUMNS if token is None else TOKEN_COLUMNS
+    inner = [axis for axis in plan.axes if axis.path not in fast]
     over = tuple(dim for dim in dims if any(dim in axis.dims for axis in inner))
-    tables: dict[tuple[int, ...], int] = {}
+    tables: dict[Any, int] = {}
     rules: dict[Any, int] = {}
     rows = []
     for index in np.ndindex(tuple(plan.sizes[dim] for dim in over)):
@@ -93,7 +99,15 @@ def lower(plan: Plan, time_limit: float) -> Table:
         engine = replace_all(
             plan.engine, {axis.path: axis.values[tuple(place[dim] for dim in axis.dims)] for axis in inner}
         )
-        rows.append(parameters(engine, tables, rules))
+        if engine.is_token != (token is not None):
+            raise ValueError("step_time must be TickStepTime throughout a sweep, or nowhere: ticks aren't seconds")
+        if token is None:
+            rows.append(parameters(engine, tables, rules))
+        else:
+            streams, row = token_parameters(engine, time_limit, token, rules)
+            for k, stream in enumerate(streams):
+                row |= stream_columns(k, stream, tables)
+            rows.append(row)
     columns = {
         name: spread(
             np.array([row[name] for row in rows], np.int64 if name in INTEGERS else np.float64).reshape(
@@ -104,28 +118,41 @@ def lower(plan: Plan, time_limit: float) -> Table:
         for name in rows[0]
     }
     for axis in plan.axes:
-        if axis.path in COLUMNS:
-            columns[COLUMNS[axis.path]] = spread(axis.values, axis.dims)
-    flat_tables = np.array([value for table in tables for value in table] or [0], np.int64)
+        if axis.path in fast:
+            columns[fast[axis.path]] = spread(axis.values, axis.dims)
+    if token is not None:
+        check_columns(columns)
+        refuse_endless(columns, time_limit)
+    flat_tables = np.concatenate([np.asarray(table, np.int64) for table in tables] + [np.zeros(1, np.int64)])
 
-    random = columns["length_draws"] != NO_DRAWS
-    columns["length_stream"], lengths = _distinct(
-        {
-            "code": columns["length_code"],
-            "a": columns["length_a"],
-            "b": columns["length_b"],
-            "table_start": columns["length_table"],
-            "table_size": columns["length_table_size"],
-            "draws": columns["length_draws"],
-            "seed": np.where(random, columns["seed"], 0),
-            "offset": np.where(random, columns["offset"], 0),
-        }
+    # All kinds of streams of lengths are numbered together.
+    kinds = 1 if token is None else 1 + max(int(name[7:]) for name in columns if name.startswith("purpose"))
+    parts: dict[str, list[Array]] = {name: [] for name in LengthParameters._fields}
+    for k in range(kinds):
+        random = columns[f"draws{k}"] != NO_DRAWS
+        seed = _seed_for(columns["seed"], columns[f"purpose{k}"])
+        for name, values in (
+            *((name, columns[f"{name}{k}"]) for name in ("code", "a", "b", "table_start", "table_size", "draws")),
+            ("seed", np.where(random, seed, 0)),
+            ("offset", np.where(random | (columns[f"code{k}"] == SEQUENCE), columns["offset"], 0)),
+        ):
+            parts[name].append(values)
+    widest = np.broadcast_shapes(*(values.shape for part in parts.values() for values in part))
+    numbers, lengths = _distinct(
+        {name: np.stack([np.broadcast_to(values, widest) for values in part]) for name, part in parts.items()}
     )
-    renewal = columns["arrivals"] == RENEWAL
+    for k in range(kinds):
+        columns[f"length_stream{k}"] = numbers[k]
+    renewal = (columns["arrivals"] == RENEWAL) | (columns["arrivals"] == PIECEWISE)
+    traced = columns["arrivals"] == TRACED
     columns["arrival_stream"], arrivals = _distinct(
         {
-            "shape": np.where(renewal, columns["shape"], 0.0),
-            "draws": np.where(renewal, np.where(columns["shape"] == 1.0, EXPONENTIAL_DRAWS, GAMMA_DRAWS), NO_DRAWS),
+            "shape": np.where(renewal, columns["shape"], np.where(traced, columns.get("trace_times", 0.0), 0.0)),
+            "draws": np.where(
+                renewal,
+                np.where(columns["shape"] == 1.0, EXPONENTIAL_DRAWS, GAMMA_DRAWS),
+                np.where(traced, RECORDED, NO_DRAWS),
+            ),
             "seed": np.where(renewal, _other_seed(columns["seed"]), 0),
         }
     )
@@ -136,11 +163,30 @@ def lower(plan: Plan, time_limit: float) -> Table:
         arrivals=ArrivalParameters(**arrivals),
         tables=flat_tables,
         rules=tuple(rules),
+        streams=kinds,
         time_limit=time_limit,
+        token=token,
     )
 
 
-def parameters(engine: Engine, tables: dict[tuple[int, ...], int], rules: dict[Any, int]) -> dict[str, Any]:
+def stream_columns(k: int, stream: Stream, tables: dict[Any, int]) -> dict[str, Any]:
+    """Columns of the k-th stream of whole numbers; its table is appended to `tables` (values -> place of the first)."""
+    if stream.table not in tables:
+        tables[stream.table] = sum(len(other) for other in tables)
+    own = {
+        "code": stream.code,
+        "a": stream.a,
+        "b": stream.b,
+        "table_start": tables[stream.table],
+        "table_size": len(stream.table),
+        "draws": DRAWS[stream.code],
+        "mean": stream.expected,
+        "purpose": stream.purpose,
+    }
+    return {f"{name}{k}": value for name, value in own.items()}
+
+
+def parameters(engine: Engine, tables: dict[Any, int], rules: dict[Any, int]) -> dict[str, Any]:
     """One row of the table.
 
     Empirical lengths are appended to `tables` (values -> place of the first), the user's own rules to `rules`.
@@ -150,9 +196,6 @@ def parameters(engine: Engine, tables: dict[tuple[int, ...], int], rules: dict[A
         number, parameter = len(BATCHERS) + rules.setdefault(batcher.rule, len(rules)), batcher.parameter
     else:
         number, parameter = BATCHERS.index(type(batcher)), 0.0
-    code, a, b, table = load.output_length.parameters()
-    if table not in tables:
-        tables[table] = sum(len(other) for other in tables)
     return {
         "batcher": number,
         "parameter": parameter,
@@ -166,13 +209,7 @@ def parameters(engine: Engine, tables: dict[tuple[int, ...], int], rules: dict[A
         "shape": 1.0,
         "seed": load.seed,
         "offset": load.stream_offset,
-        "length_code": code,
-        "length_a": a,
-        "length_b": b,
-        "length_table": tables[table],
-        "length_table_size": len(table),
-        "length_draws": DRAWS[code],
-        "length_mean": load.output_length.expected(),
+        **stream_columns(0, Stream.of(load.output_length, OUTPUT), tables),
         **load.arrival_parameters(),
     }
 
@@ -192,9 +229,19 @@ def _distinct(columns: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     }
 
 
-def _other_seed(seed: Array) -> Array:
-    """A seed for arrivals that shares no stream with the lengths of nearby seeds (SplitMix64, upper half)."""
+def _seed_for(seed: Array, purpose: Array) -> Array:
+    """The seed of a stream: the very one for output lengths, for every other purpose one of its own."""
+    return np.where(purpose == OUTPUT, seed, _other_seed(seed, purpose))
+
+
+def _other_seed(seed: Array, purpose: Any = 0) -> Array:
+    """A seed that shares no stream with the output lengths of nearby seeds (SplitMix64, upper half).
+
+    Purpose 0 is that of arrivals.
+    """
+    seed, purpose = np.broadcast_arrays(seed, purpose)
     z = np.atleast_1d(seed).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z += np.atleast_1d(purpose).astype(np.uint64) << np.uint64(32)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(32)).astype(np.int64).reshape(seed.shape)
@@ -206,15 +253,17 @@ def requests_needed(table: Table, more: float) -> Array:
     A scenario that needs more than this says so, and is run again with more.
     """
     columns = table.columns
+    if table.token is not None:
+        return token_requests_needed(columns, table.time_limit, more)
     arrivals, time_limit = columns["arrivals"], table.time_limit
     requests = columns["requests"].astype(np.float64)
     expected = columns["request_rate"] * time_limit
     spread = np.where(arrivals == RENEWAL, 8.0 * np.sqrt((expected + 1.0) / columns["shape"]) + 16.0, 2.0)
-    due = (expected + spread) * np.where(arrivals == RENEWAL, more, 1.0)
+    due = np.minimum((expected + spread) * np.where(arrivals == RENEWAL, more, 1.0), requests + 1.0)
 
     # A closed loop puts in as many as the slots can serve, a step taking a tick or more.
     slots = np.minimum(columns["max_batch_size"], requests)
-    served = 1.1 * slots * (time_limit + 1.0) / (columns["total_prefill_chunks"] + columns["length_mean"] - 1.0)
+    served = 1.1 * slots * (time_limit + 1.0) / (columns["total_prefill_chunks"] + columns["mean0"] - 1.0)
     one_at_a_time = (time_limit + 1.0) / columns["total_prefill_chunks"] + 1.0
     one_prefill = columns["batcher"] == BATCHERS.index(IFBatcherWithOnePrefillOnly)
     served = np.where(one_prefill, np.minimum(served, one_at_a_time), served)
@@ -226,7 +275,10 @@ class Block(NamedTuple):
     """Scenarios that are lowered and run together."""
 
     rows: Array  # flat scenario numbers
-    scenarios: Scenarios
+    scenarios: Any  # `Scenarios`, or the numbers of the token model [scenario, field]
+    stream: Array  # [scenario, kind] length streams
+    arrival_stream: Array  # [scenario]
+    own: Array  # [scenario] place in the table's rules, -1 if it has none of the user's own
     lengths: LengthParameters  # of the streams used
     length_sizes: Array
     arrivals: ArrivalParameters
@@ -236,22 +288,25 @@ class Block(NamedTuple):
 
 def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
     """Cut scenarios in blocks: those that share streams together, drawn numbers within `BLOCK_BYTES`."""
-    length_stream = table.at("length_stream", rows)
+    stream = np.stack([table.at(f"length_stream{k}", rows) for k in range(table.streams)], axis=1)
     arrival_stream = table.at("arrival_stream", rows)
     needed = np.ceil(table.pick(requests_needed(table, more), rows)).astype(np.int64)
-    renewal = table.at("arrivals", rows) == RENEWAL
-    length_sizes = _largest(length_stream, needed, table.lengths.seed.size)
+    kind = table.at("arrivals", rows)
+    renewal = (kind != AT_ONCE) & (kind != EVENLY) & (kind != CLOSED)
+    length_sizes = _largest(stream, needed, table.lengths.seed.size)
     arrival_sizes = _largest(arrival_stream, np.where(renewal, needed, 0), table.arrivals.seed.size)
 
     if 4 * length_sizes.sum() + 8 * arrival_sizes.sum() <= BLOCK_BYTES:
         order = np.arange(rows.size)
         cost = np.zeros(rows.size, np.int64)
     else:
-        order = np.lexsort((arrival_stream, length_stream))
-        length_stream, arrival_stream = length_stream[order], arrival_stream[order]
+        order = np.lexsort((arrival_stream, *stream.T[::-1]))
+        stream, arrival_stream = stream[order], arrival_stream[order]
+        cost = np.zeros(rows.size, np.int64)
         first = np.ones(rows.size, bool)
-        first[1:] = length_stream[1:] != length_stream[:-1]
-        cost = np.where(first, 4 * length_sizes[length_stream], 0)
+        for k in range(table.streams):
+            first[1:] = stream[1:, k] != stream[:-1, k]
+            cost += np.where(first, 4 * length_sizes[stream[:, k]], 0)
         first[1:] |= arrival_stream[1:] != arrival_stream[:-1]
         cost += np.where(first, 8 * arrival_sizes[arrival_stream], 0)
     begin = 0
@@ -262,17 +317,25 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
         end = min(max(end, begin + 1), begin + BLOCK_SCENARIOS, order.size)
         part = order[begin:end]
         if table.rules:  # scenarios of one rule in a row, for they run together
-            inside = begin + np.argsort(own_rule(table.at("batcher", rows[part])), kind="stable")
+            inside = begin + np.argsort(own_rule(table, rows[part]), kind="stable")
             part = order[inside]
-            length_stream[begin:end] = length_stream[inside]
+            stream[begin:end] = stream[inside]
             arrival_stream[begin:end] = arrival_stream[inside]
-        used_lengths, length_number = np.unique(length_stream[begin:end], return_inverse=True)
+        used_lengths, length_number = np.unique(stream[begin:end], return_inverse=True)
+        length_number = length_number.reshape(-1, table.streams)
         used_arrivals, arrival_number = np.unique(arrival_stream[begin:end], return_inverse=True)
-        columns = {name: table.at(name, rows[part]) for name in Scenarios._fields[:-2]}
+        if table.token is None:
+            columns = {name: table.at(name, rows[part]) for name in Scenarios._fields[:-2]}
+            scenarios: Any = Scenarios(**columns, arrival_stream=arrival_number, length_stream=length_number[:, 0])
+        else:
+            scenarios = np.stack([table.at(name, rows[part]) for name in TokenTables.fields()], axis=1).astype(np.float64)
         # Sized by this block's own scenarios: a stream is never longer than what a thread has room for.
         yield Block(
             rows[part],
-            Scenarios(**columns, arrival_stream=arrival_number, length_stream=length_number),
+            scenarios,
+            length_number,
+            arrival_number,
+            own_rule(table, rows[part]),
             LengthParameters(*(column[used_lengths] for column in table.lengths)),
             _largest(length_number, needed[part], used_lengths.size),
             ArrivalParameters(*(column[used_arrivals] for column in table.arrivals)),
@@ -282,13 +345,15 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
         begin = end
 
 
-def own_rule(batcher: Array) -> Array:
-    """From the batchers' codes: the places of their rules in the table's own ones, -1 for built-in batchers."""
-    return np.maximum(batcher - len(BATCHERS), -1)
+def own_rule(table: Table, rows: Array) -> Array:
+    """The places of scenarios' rules in the table's own ones, -1 where nothing is of the user's own."""
+    if table.token is not None:
+        return table.at("functions", rows)
+    return np.maximum(table.at("batcher", rows) - len(BATCHERS), -1)
 
 
 def _largest(stream: Array, needed: Array, streams: int) -> Array:
     """The largest need among the scenarios that share each stream."""
     sizes = np.zeros(streams, np.int64)
-    np.maximum.at(sizes, stream, needed)
+    np.maximum.at(sizes, stream, needed if stream.ndim == 1 else needed[:, np.newaxis])
     return sizes

@@ -8,10 +8,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vecsim import memory
-from vecsim.kernel.state import DONE, INTERRUPTED, REFUSED, Array, Job, Outcome, Record, Scratch, Streams
-from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, own_rule, requests_needed
+from vecsim.kernel.state import (
+    DONE,
+    INTERRUPTED,
+    OUT_OF_STEPS,
+    REFUSED,
+    Array,
+    Job,
+    Outcome,
+    Record,
+    Scratch,
+    StepRecord,
+    Streams,
+    TokenRecord,
+)
+from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed
 from vecsim.threads import INLINE, Workers, available_threads
-from vecsim.variables import DISTRIBUTIONS, SCALARS
+from vecsim.token_simulate import check_token_memory, new_streams, run_token_block
+from vecsim.variables import row_width
+
+NOTHING = np.empty(0)
 
 BYTES_PER_REQUEST = 70  # of a thread's scratch
 BYTES_PER_RECORD = 140  # of a run's record, and of what it is made with
@@ -24,13 +40,13 @@ class Results(NamedTuple):
     metrics: Array  # [scenario, metric], see `vecsim.variables`
     enqueued: Array  # [scenario] requests that entered the queue
     queue: Array  # [scenario, instant] queue sizes, at no instant if not kept
-    record: Record  # [scenario, request], of no request if not kept
+    record: Any  # `Record` or `TokenRecord` [scenario, request], of no request if not kept
 
     @classmethod
-    def empty(cls, scenarios: int, metrics: int, instants: int = 0, requests: int = 0) -> "Results":
+    def empty(cls, token: bool, scenarios: int, metrics: int, instants: int = 0, requests: int = 0) -> "Results":
         """Room for results; nothing has happened yet to any request."""
         shape = scenarios, requests
-        record = Record(
+        record: Any = TokenRecord.empty(shape) if token else Record(
             arrived_at=np.full(shape, np.nan),
             enqueued_at=np.full(shape, np.nan),
             started_at=np.full(shape, np.nan),
@@ -47,9 +63,11 @@ class Results(NamedTuple):
         first, size = int(rows[0]), rows.size
         if np.array_equal(rows, np.arange(first, first + size)):
             part = slice(first, first + size)
-            record = Record(*(array[part] for array in self.record))
+            record = type(self.record)(*(array[part] for array in self.record))
             return Results(self.metrics[part], self.enqueued[part], self.queue[part], record)
-        return Results.empty(size, self.metrics.shape[1], self.queue.shape[1], self.record.slot.shape[1])
+        token = isinstance(self.record, TokenRecord)
+        requests = self.record.arrived_at.shape[1]
+        return Results.empty(token, size, self.metrics.shape[1], self.queue.shape[1], requests)
 
     def put(self, rows: Array, part: "Results", done: Array) -> None:
         """Take over what is done of the results of some rows, if it isn't there already."""
@@ -63,9 +81,10 @@ class Single(NamedTuple):
     """Everything of one scenario."""
 
     metrics: Array  # [metric]
-    record: Record  # [1, request]
-    outcome: Outcome
-    scratch: Scratch
+    record: Any  # `Record` or `TokenRecord` [1, request]
+    outcome: Outcome | None  # of the tick model
+    scratch: Scratch | None
+    steps: StepRecord | None  # of the token model
 
 
 class Measured(NamedTuple):
@@ -75,10 +94,10 @@ class Measured(NamedTuple):
     quantiles: Array
     instants: Array  # at which the queue is looked at, ascending [ticks]
 
-    @property
-    def width(self) -> int:
+    def width(self, table: Table) -> int:
         """Numbers in a row of metrics."""
-        return len(DISTRIBUTIONS) * (self.quantiles.size + 2) + len(SCALARS)
+        classes = 0 if table.token is None else len(table.token.class_names or ())
+        return row_width(table.token is not None, self.quantiles.size, classes)
 
 
 def simulate(
@@ -98,16 +117,18 @@ def simulate(
     """
     threads = min(threads or available_threads(), table.size)
     instants = measured.instants.size
-    width = measured.width + instants + 2
+    token = table.token is not None
+    own_width = measured.width(table)
+    width = own_width + instants + 2
     check_memory(table, 8 * width * table.size, threads)
-    results = Results.empty(table.size, measured.width, instants)
+    results = Results.empty(token, table.size, own_width, instants)
     workers = Workers(threads)
     _run(table, measured, results, workers, progress)
     if keep_requests:
         # The first pass has told how many requests there are.
         most = int(results.enqueued.max())
         check_memory(table, 8 * (width + 21 * most) * table.size, threads)
-        results = Results.empty(table.size, measured.width, instants, most)
+        results = Results.empty(token, table.size, own_width, instants, most)
         _run(table, measured, results, workers, lambda done: None)
     return results
 
@@ -122,15 +143,35 @@ def simulate_one(table: Table, measured: Measured) -> Single:
     """
     more = 1.0
     workers = Workers(1)
+    if table.token is not None:
+        return _simulate_one_token(table, measured, workers)
     while True:
         check_memory(table, BYTES_PER_RECORD * float(np.max(requests_needed(table, more))), 1, more)
         block = next(blocks(table, np.zeros(1, np.int64), more))
-        results = Results.empty(1, measured.width, requests=block.most_requests)
+        results = Results.empty(False, 1, measured.width(table), requests=block.most_requests)
         status, outcome, scratch = _run_block(table, block, measured, results, workers)
         if status[0] == DONE and outcome is not None:
             record = Record(*(array[:, : outcome.enqueued] for array in results.record))
-            return Single(results.metrics[0], record, outcome, scratch)
+            return Single(results.metrics[0], record, outcome, scratch, None)
         more *= 2.0
+
+
+def _simulate_one_token(table: Table, measured: Measured, workers: Workers) -> Single:
+    """`simulate_one` in the token model."""
+    more, steps = 1.0, 1 << 16
+    while True:
+        check_memory(table, BYTES_PER_RECORD * float(np.max(requests_needed(table, more))) + 64.0 * steps, 1, more)
+        block = next(blocks(table, np.zeros(1, np.int64), more))
+        results = Results.empty(True, 1, measured.width(table), requests=block.most_requests)
+        status, run = run_token_block(table, block, measured, results, workers, steps=steps)
+        if status[0] == DONE and run is not None:
+            kept = run.requests
+            record = TokenRecord(*(array[:, :kept] for array in results.record))
+            return Single(results.metrics[0], record, None, None, run.steps)
+        if status[0] == OUT_OF_STEPS:
+            steps *= 4
+        else:
+            more *= 2.0
 
 
 def _run(table: Table, measured: Measured, results: Results, workers: Workers, progress: Callable[[int], Any]) -> None:
@@ -142,7 +183,10 @@ def _run(table: Table, measured: Measured, results: Results, workers: Workers, p
         again = []
         for block in blocks(table, rows, more):
             part = results.room(block.rows)
-            status, _, _ = _run_block(table, block, measured, part, workers, progress)
+            if table.token is None:
+                status = _run_block(table, block, measured, part, workers, progress)[0]
+            else:
+                status = run_token_block(table, block, measured, part, workers, progress)[0]
             done = status == DONE
             results.put(block.rows, part, done)
             again.append(block.rows[~done])
@@ -165,10 +209,10 @@ def _run_block(
     """
     from vecsim.kernel.scenarios import draw_arrivals, draw_lengths, run_scenarios
 
-    rules = own_rule(block.scenarios.batcher)
+    rules = block.own
 
-    lengths = _new_streams(block.length_sizes, np.int32)
-    arrivals = _new_streams(block.arrival_sizes, np.float64)
+    lengths = new_streams(block.length_sizes, np.int32)
+    arrivals = new_streams(block.arrival_sizes, np.float64)
     size = block.rows.size
     status = np.full(size, INTERRUPTED, np.int64)
     own = threading.local()
@@ -183,7 +227,7 @@ def _run_block(
         draw_lengths(first, last, block.lengths, table.tables, lengths, workers.stop)
 
     def draw_some_arrivals(first: int, last: int) -> None:
-        draw_arrivals(first, last, block.arrivals, arrivals, workers.stop)
+        draw_arrivals(first, last, block.arrivals, NOTHING, arrivals, workers.stop)
 
     def job() -> Job:
         return Job(
@@ -257,12 +301,6 @@ def _own_kernel(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome]:
     return run
 
 
-def _new_streams(sizes: Array, dtype: Any) -> Streams:
-    """Room for streams of given sizes."""
-    start = np.cumsum(sizes) - sizes
-    return Streams(start, sizes, np.zeros(sizes.size, np.int64), np.empty(int(sizes.sum()), dtype))
-
-
 def _new_scratch(block: Block, time_limit: float, longest: int) -> Scratch:
     """What a thread needs for the largest scenario of a block; `longest` is the longest output drawn."""
     from vecsim.kernel.quantiles import BINS
@@ -296,6 +334,9 @@ def check_memory(table: Table, results: float, threads: int, more: float = 1.0) 
     ValueError
         With the size, what takes it, and what to do.
     """
+    if table.token is not None:
+        check_token_memory(table, results, threads, more)
+        return
     columns = 24.0 * table.size + 8.0 * sum(column.size for column in table.columns.values())
     requests = float(np.max(requests_needed(table, more)))
     streams = max(BLOCK_BYTES, 12.0 * requests)

@@ -87,8 +87,124 @@ TICK_VARIABLES = (
     Variable("steps", "engine steps", "steps", "boundaries measured", whole=True),
 )
 
+SECONDS = "s"
+
+TOKEN_VARIABLES = (
+    Variable(
+        "e2e", "end-to-end latency", SECONDS, "completion - arrived_at, of completed requests", over_stat=True
+    ),
+    Variable(
+        "ttft",
+        "time to first token",
+        SECONDS,
+        "first token - arrived_at, of requests with a first token",
+        over_stat=True,
+    ),
+    Variable(
+        "tpot",
+        "time per output token",
+        SECONDS,
+        "(last token - first token) / (output tokens - 1), of completed requests with more than one token",
+        over_stat=True,
+    ),
+    Variable(
+        "queue_time",
+        "time in queue",
+        SECONDS,
+        "started_at - arrived_at, of started requests",
+        over_stat=True,
+    ),
+    Variable(
+        "itl",
+        "inter-token latency",
+        SECONDS,
+        "time between two tokens of a request; quantiles to 0.2 %, mean and max exact",
+        over_stat=True,
+    ),
+    Variable("arrived", "requests arrived", "requests", "requests that came, refused ones included", whole=True),
+    Variable("started", "requests started", "requests", "requests that left the queue for a slot", whole=True),
+    Variable("first_tokens", "requests with a first token", "requests", "samples of ttft", whole=True),
+    Variable("completed", "requests completed", "requests", "samples of e2e", whole=True),
+    Variable("dropped", "requests refused", "requests", "requests that could never be served", whole=True),
+    Variable("preemptions", "preemptions", "preemptions", "times that a request lost its blocks", whole=True),
+    Variable("itl_samples", "samples of inter-token latency", "samples", "samples of itl", whole=True),
+    Variable("request_throughput", "request throughput", "requests/s", "completed requests over the run time"),
+    Variable(
+        "token_throughput",
+        "token throughput",
+        "tokens/s",
+        "output tokens of completed requests, and those so far of running ones, over the run time",
+    ),
+    Variable("goodput", "goodput", "requests/s", "completed requests that kept to all their limits, over the run time"),
+    Variable(
+        "slo_attainment",
+        "SLO attainment",
+        "1",
+        "requests that kept to all their limits, of those that were completed or refused",
+    ),
+    Variable("final_queue", "final queue size", "requests", "queue size at the end", whole=True),
+    Variable("mean_queue", "mean queue size", "requests", "time-weighted mean of the requests that wait"),
+    Variable("max_queue", "maximal queue size", "requests", "largest queue size during a step", whole=True),
+    Variable("utilization", "slot utilization", "1", "time-weighted mean of running requests / slots"),
+    Variable("kv_use", "KV memory in use", "1", "time-weighted mean of held blocks / blocks; NaN if memory is endless"),
+    Variable("kv_peak", "peak of KV memory in use", "1", "most blocks held in a step / blocks"),
+    Variable(
+        "prefix_hit_rate",
+        "prefix hit rate",
+        "1",
+        "prompt tokens found in the cache when a request was first admitted, of all prompt tokens",
+    ),
+    Variable("batch_size", "batch size", "requests", "mean over steps of the requests scheduled"),
+    Variable("step_tokens", "tokens per step", "tokens", "mean over steps of the tokens computed"),
+    Variable("end_time", "end time", SECONDS, "when the run ended"),
+    Variable("steps", "engine steps", "steps", "steps measured", whole=True),
+)
+
+CLASS_VARIABLES = (
+    Variable("class_goodput", "goodput by class", "requests/s", "goodput of each class"),
+    Variable("class_slo_attainment", "SLO attainment by class", "1", "of the completed requests of each class"),
+    Variable("class_completed", "requests completed by class", "requests", "of each class", whole=True),
+)
+
+TOKEN_REQUEST_VARIABLES = (
+    Variable("arrived_at", "arrival", SECONDS, "when the request came"),
+    Variable("started_at", "start", SECONDS, "begin of the first step that computed some of it"),
+    Variable("first_token_at", "first token", SECONDS, "when the first token was seen"),
+    Variable("completed_at", "completion", SECONDS, "when the completion was seen"),
+    Variable("prompt_tokens", "prompt length", "tokens", "what was asked", whole=True),
+    Variable("output_tokens", "output length", "tokens", "drawn or recorded length", whole=True),
+    Variable("hit_tokens", "cached prompt tokens", "tokens", "found in the prefix cache when first admitted", whole=True),
+    Variable("preempted", "preemptions", "preemptions", "times that it lost its blocks", whole=True),
+    Variable("dropped", "refused", "1", "1 if it could never be served", whole=True),
+    Variable("class_number", "class", "1", "place in the load's classes", whole=True),
+)
+
+TOKEN_STEP_VARIABLES = (
+    Variable("time", "begin of step", SECONDS, "when the step begins"),
+    Variable("duration", "duration", SECONDS, "how long the step takes"),
+    Variable("queue_size", "queue size", "requests", "requests queued during the step", whole=True),
+    Variable("prefilling", "prefilling requests", "requests", "requests that compute prompt tokens", whole=True),
+    Variable("prefill_tokens", "prefill tokens", "tokens", "prompt tokens computed in the step", whole=True),
+    Variable("decoding", "decoding requests", "requests", "requests that compute an output token", whole=True),
+    Variable("kv_blocks", "KV blocks in use", "blocks", "blocks held during the step", whole=True),
+    Variable("running", "running requests", "requests", "requests in slots", whole=True),
+)
+
+
 DISTRIBUTIONS = tuple(variable for variable in TICK_VARIABLES if variable.over_stat)
 SCALARS = tuple(variable for variable in TICK_VARIABLES if not variable.over_stat)
+
+
+def metric_variables(token: bool) -> tuple[Variable, ...]:
+    """The output variables of a clock, in the order of the kernel's rows."""
+    return TOKEN_VARIABLES if token else TICK_VARIABLES
+
+
+def row_width(token: bool, quantiles: int, classes: int = 0) -> int:
+    """Numbers in a row of metrics."""
+    variables = metric_variables(token)
+    stats = sum(variable.over_stat for variable in variables)
+    return stats * (quantiles + 2) + len(variables) - stats + len(CLASS_VARIABLES) * classes
 
 REQUEST_VARIABLES = (
     Variable("arrived_at", "arrival", "ticks", "when the request was due"),

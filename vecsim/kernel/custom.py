@@ -15,11 +15,16 @@ from numba.core.errors import NumbaExperimentalFeatureWarning
 
 from vecsim.kernel.jit import OPTIONS
 from vecsim.kernel.scenarios import run_scenarios_by_address
-from vecsim.kernel.state import Batch, Job, Outcome, Requests
+from vecsim.kernel.state import Batch, Job, Outcome, Requests, StepBatch, TokenBatch, TokenJob
 from vecsim.kernel.tick import make_simulate
+from vecsim.kernel.token_scenarios import run_token_scenarios
 
 COUNT, TIME = numba.int64, numba.float64
-BATCH = numba.typeof(Batch(*(field(0) for field in Batch.__annotations__.values())))
+# What a function of the user's own is given
+GIVEN: dict[str, Any] = {"tick": Batch, "token": TokenBatch, "step": StepBatch}
+BATCHES = {
+    kind: numba.typeof(given(*(field(0) for field in given.__annotations__.values()))) for kind, given in GIVEN.items()
+}
 
 TIMES, COUNTS, BYTES = (numba.typeof(np.empty(0, kind)) for kind in (np.float64, np.int64, np.uint8))
 REQUESTS = numba.typeof(Requests(np.empty(0), *(np.empty(0, np.int32) for _ in range(3))))
@@ -53,9 +58,9 @@ def compiled(dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def return_type(rule: Any) -> Any:
+def return_type(rule: Any, kind: str) -> Any:
     """What a jitted rule returns when it's given a batch (a numba type)."""
-    return compiled(rule, (BATCH,)).signature.return_type
+    return compiled(rule, (BATCHES[kind],)).signature.return_type
 
 
 @functools.cache
@@ -71,3 +76,48 @@ def make_run_scenarios(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome
     # Typed by hand: numba would take the loop for a constant, and compile everything around it.
     kinds = (function, COUNT, COUNT, numba.typeof(job))
     return functools.partial(compiled(run_scenarios_by_address, kinds).entry_point, loop)
+
+
+@numba.njit(**OPTIONS)
+def no_rule(batch):
+    """In the place of a batcher's rule, where it is no function."""
+    return 0
+
+
+@numba.njit(**OPTIONS)
+def no_step_time(batch):
+    """In the place of a step time, where it is no function."""
+    return 0.0
+
+
+@functools.cache
+def by_address(rule: Any, kind: str, returned: Any) -> tuple[Any, Any]:
+    """A function of the user's own that returns just that type, and its type: called by its address."""
+    cast_to = returned
+
+    @numba.njit(**OPTIONS)
+    def own(batch):
+        return cast_to(rule(batch))
+
+    return own, numba.types.FunctionType(compiled(own, (BATCHES[kind],)).signature)
+
+
+def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
+    """`run_token_scenarios` with a batcher's rule and a step time of the user's own, None where there is none."""
+    rule, rule_type = by_address(own[0] or no_rule, "token", COUNT)
+    step_time, step_time_type = by_address(own[1] or no_step_time, "step", TIME)
+    kinds = (rule_type, step_time_type, COUNT, COUNT, numba.typeof(job))
+    run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, rule, step_time)
+    names = " or ".join(function.py_func.__name__ for function in own if function is not None)
+
+    def guarded(first: int, last: int, job: TokenJob) -> tuple[int, int]:
+        try:
+            return run(first, last, job)
+        except MemoryError:  # not the rule's
+            raise
+        except Exception as error:
+            if not names:
+                raise
+            raise ValueError(f"rule {names} raised {type(error).__name__}: {error}") from error
+
+    return guarded

@@ -12,12 +12,13 @@ from vecsim import load as arrival_rules
 from vecsim.kernel import streams
 from vecsim.kernel.calendar import ring_size
 from vecsim.kernel.jit import entry, inner
-from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, REFUSED, Outcome, Requests
+from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, RECORDED, REFUSED, Outcome, Requests
 from vecsim.kernel.tally import first_at_or_after, tally
 from vecsim.kernel.tick import simulate
 
 CLOSED = arrival_rules.CLOSED
 RENEWAL = arrival_rules.RENEWAL
+TRACED = arrival_rules.TRACED
 
 output_tokens = inner(length_rules.output_tokens)
 arrival_time = inner(arrival_rules.arrival_time)
@@ -38,19 +39,24 @@ def draw_lengths(first, last, parameters, tables, lengths, stop):
         code, a, b = parameters.code[row], parameters.a[row], parameters.b[row]
         longest = 0
         for i in range(out.size):
-            length = output_tokens(code, a, b, table, units[offset + i])
+            length = output_tokens(code, a, b, table, offset + i, units[offset + i])
             out[i] = length
             longest = max(longest, length)
         lengths.longest[row] = longest
 
 
 @entry
-def draw_arrivals(first, last, parameters, arrivals, stop):
-    """Fill the arrival streams [first, last): instants of renewal processes of rate 1."""
+def draw_arrivals(first, last, parameters, recorded, arrivals, stop):
+    """Fill the arrival streams [first, last): instants of renewal processes of rate 1, or recorded ones."""
     for row in range(first, last):
         if stop[0]:
             return
         out = arrivals.values[arrivals.start[row] : arrivals.start[row] + arrivals.size[row]]
+        if parameters.draws[row] == RECORDED:
+            begin = int(parameters.shape[row])
+            for i in range(out.size):
+                out[i] = recorded[begin + i] if begin + i < recorded.size else np.inf
+            continue
         streams.gaps(parameters.draws[row], parameters.shape[row], parameters.seed[row], out)
         t = 0.0
         for i in range(out.size):
@@ -62,7 +68,7 @@ def draw_arrivals(first, last, parameters, arrivals, stop):
 def fill_arrivals(code, request_rate, units, time_limit, out):
     """Due times of an open load before the limit, and an infinite one after them; returns how many."""
     n = out.size - 1
-    if code == RENEWAL:
+    if code == RENEWAL or code == TRACED:
         for i in range(n):
             out[i] = arrival_time(RENEWAL, request_rate, i, units[i])
     else:

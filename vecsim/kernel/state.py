@@ -2,10 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 # Kinds of random numbers that a stream is made of
-NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, EXPONENTIAL_DRAWS, GAMMA_DRAWS = range(5)
+NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, EXPONENTIAL_DRAWS, GAMMA_DRAWS, RECORDED = range(6)
 
 # What became of a scenario: done, more requests are needed than were drawn, the user interrupted, the batcher's rule
 # returned what can't be, there are more steps than room for their record, or a step's duration can't be
@@ -62,7 +63,7 @@ class LengthParameters(NamedTuple):
 class ArrivalParameters(NamedTuple):
     """What each arrival stream is drawn from [stream]."""
 
-    shape: Array  # of the gaps' gamma distribution
+    shape: Array  # of the gaps' gamma distribution; of recorded times, the place of the first
     draws: Array
     seed: Array
 
@@ -173,7 +174,7 @@ class StepBatch(NamedTuple):
     """What a step does, for a step time."""
 
     prefill_requests: int
-    prefill_tokens: int
+    prefill_tokens: int  # of their prompts, computed in this step
     prefill_attention: float  # sum over the chunks of tokens x (context before + tokens / 2)
     prefill_squares: float  # sum over the chunks of tokens^2
     prefill_context: int  # sum over the chunks of their context before, each rounded up to a table's step
@@ -241,6 +242,7 @@ class StepModel(NamedTuple):
     terms: Array  # [term, field] of a table
     grids: Array
     values: Array
+    outside: Array  # [1] steps that were outside the table
 
 
 class TokenLoad(NamedTuple):
@@ -304,3 +306,86 @@ class StepRecord(NamedTuple):
 
     times: Array
     counts: Array
+
+
+class TokenStreams(NamedTuple):
+    """What the requests of a block of scenarios are made of, in the token model."""
+
+    numbers: Streams  # whole numbers: lengths, classes, groups, turns
+    arrivals: Streams  # instants of renewal processes of rate 1, or recorded ones
+    stages: Array  # durations and rates of piecewise loads, pair by pair
+    ids: Array  # of the blocks of traces' prompts
+    id_start: Array  # [request of a trace] first place in `ids`
+    id_count: Array  # [request of a trace]
+    classes: Array  # [class, field] urgency, then limits of TTFT, TPOT, ITL, E2E [s]
+    terms: Array  # of step-time tables
+    grids: Array
+    values: Array
+    outside: Array  # [1] steps that were outside their table
+
+
+class TokenScratch(NamedTuple):
+    """What one thread prepares a scenario's requests in, and tallies them in [request]."""
+
+    arrived_at: Array  # one more
+    prompt_tokens: Array
+    output_tokens: Array
+    max_tokens: Array
+    classes: Array
+    follower: Array
+    think: Array
+    shared: Array
+    own_start: Array
+    id_start: Array
+    prefix: Array
+    prefix_id: Array
+    own_id: Array
+    values: Array  # [latency, request]
+    kept: Array  # one more
+    bins: Array
+    bin_counts: Array
+    bin_places: Array
+    gap_values: Array  # [bin of gaps]
+
+
+class TokenJob(NamedTuple):
+    """What a block of scenarios of the token model is run with, and where the results go."""
+
+    scenarios: Array  # [scenario, field] in the order of `vecsim.kernel.token_scenarios.FIELDS`
+    stream: Array  # [scenario, kind] rows in `streams.numbers`
+    arrival_stream: Array  # [scenario]
+    streams: TokenStreams
+    time_limit: float
+    warmup: float
+    quantiles: Array
+    scratch: TokenScratch
+    work: TokenWork
+    cache_nodes: Array
+    cache_node_of: Array
+    cache_owned: Array
+    cache_own: Array
+    record: StepRecord
+    metrics: Array  # [scenario, metric] in the order of `vecsim.variables.TOKEN_VARIABLES`, then by class
+    enqueued: Array  # [scenario]
+    status: Array  # [scenario]
+    stop: Array
+
+
+class TokenRecord(NamedTuple):
+    """Per-request results of the token model that are kept [scenario, request]; NaN where it never happened."""
+
+    arrived_at: Array
+    started_at: Array
+    first_token_at: Array
+    completed_at: Array
+    prompt_tokens: Array
+    output_tokens: Array
+    hit_tokens: Array
+    preempted: Array
+    dropped: Array
+    class_number: Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int]) -> "TokenRecord":
+        """Room for results; nothing has happened yet to any request."""
+        return cls(*(np.full(shape, np.nan) for _ in range(4)), *(np.zeros(shape, np.int64) for _ in range(6)))

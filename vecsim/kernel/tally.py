@@ -101,31 +101,12 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
     for i in range(started, enqueued):
         queue_steps += steps - max(int(enqueued_step[unsigned(i)]), first_step)
 
-    # One call in a loop, not four: each would be compiled into its place.
     stats = wanted.size + 2
     sizes = (completed, first_tokens, tpots, max(started - first_request, 0))
     sums = (e2e_sum, ttft_sum, tpot_sum, queue_time_sum)
     least = (e2e_min, ttft_min, tpot_min, queue_time_min)
     most = (e2e_max, ttft_max, tpot_max, queue_time_max)
-    for which in range(LATENCIES):
-        n = sizes[which]
-        row = out[which * stats : (which + 1) * stats]
-        if n > 0:
-            row[0] = sums[which] / n
-            quantiles(
-                values[which, :n],
-                least[which],
-                most[which],
-                wanted,
-                counts,
-                places,
-                scratch.bins,
-                kept,
-                row[1:-1],
-            )
-            row[-1] = most[which]
-        else:
-            row[:] = np.nan
+    write_latencies(values, sizes, sums, least, most, wanted, counts, places, scratch.bins, kept, out)
     at = LATENCIES * stats
     itl_samples = tally_itl(
         itl,
@@ -152,6 +133,22 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
     out[at + 10] = busy / (max_batch_size * batch_time) if batch_time > 0.0 else np.nan
     out[at + 11] = end_time
     out[at + 12] = measured_steps
+
+
+@inner
+def write_latencies(values, sizes, sums, least, most, wanted, counts, places, bins, kept, out):
+    """Mean, quantiles and maximum of each latency, one after the other; NaN where there is no value."""
+    stats = wanted.size + 2
+    # One call in a loop, not four: each would be compiled into its place.
+    for which in range(LATENCIES):
+        n = sizes[which]
+        row = out[which * stats : (which + 1) * stats]
+        if n > 0:
+            row[0] = sums[which] / n
+            quantiles(values[which, :n], least[which], most[which], wanted, counts, places, bins, kept, row[1:-1])
+            row[-1] = most[which]
+        else:
+            row[:] = np.nan
 
 
 @inner

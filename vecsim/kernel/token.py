@@ -9,6 +9,7 @@ to step, until an arrival, an end or a lack of blocks. All that a batcher decide
 import numpy as np
 
 from vecsim.kernel import kv
+from vecsim.kernel.duration import duration
 from vecsim.kernel.heap import pop, push
 from vecsim.kernel.jit import bare, inlined, unsigned
 from vecsim.kernel.kv import FREE
@@ -20,9 +21,6 @@ from vecsim.kernel.state import (
     OUT_OF_STEPS,
     TokenBatch,
 )
-from vecsim.step_time import duration as duration_rule
-
-duration = inlined(duration_rule)
 
 # What holds a request's blocks: those that its computed tokens need, those of its whole prompt from the start, or
 # what was reserved when it was admitted
@@ -39,8 +37,8 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
     _FREE, _SPARE, _UNUSED, RUNNING, DECODING, CONTEXT, STEP, PREFILLING, QUEUE_HEAD, QUEUE_TAIL, HEAP, WAITING, STACK,
     PREEMPTED, DROPPED, GAPS, GAP_LOW, GAP_HIGH, MAX_QUEUE, STEPS, SCHEDULED, TOKENS, PROMPT_TOKENS, HIT_TOKENS, PEAK,
     ENDED, COMING, ISSUED, CLIPPED, OPEN, OPEN_SUM, ENQUEUED, CHUNKS, DECODES, DECODE_CONTEXT, BLOCKED, STARVED, GROUPS,
-    TAKEN, COASTED, COUNTS,
-) = range(41)  # fmt: skip
+    TAKEN, COASTED, ALL_STEPS, COUNTS,
+) = range(42)  # fmt: skip
 
 # Places in `sums`
 GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, SUMS = range(10)
@@ -48,14 +46,14 @@ GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, SUMS =
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch.
 (
-    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, HELD, RESIDUE, HIT, PREEMPTIONS, STATE, STARVING, OWN_ROWS,
-) = range(13)  # fmt: skip
+    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, HELD, RESIDUE, HIT, PREEMPTIONS, STATE, STARVING, LATE, OWN_ROWS,
+) = range(14)  # fmt: skip
 
 # Rows of `times` [request], seconds. `SINCE` is since when it waits; until it arrives, when it will.
 STARTED_AT, FIRST_AT, ENDED_AT, LAST_AT, RANK, SINCE, TIME_ROWS = range(7)
 
 # States of a request
-QUEUED, PREFILL, DECODE, GONE, DROPPED_AT_ONCE = range(5)
+UNSEEN, QUEUED, PREFILL, DECODE, GONE, DROPPED_AT_ONCE = range(6)
 
 # Rows of a step's record
 BEGIN, LASTS, RECORDED_TIMES = range(3)
@@ -90,6 +88,14 @@ def full_blocks(tokens, block_size, shift):
 def gap_bin(gap):
     """Bin of the time between two tokens; ascends with it."""
     return min(max((np.float64(gap).view(np.int64) >> GAP_SHIFT) - GAP_FIRST, 0), GAP_BINS - 1)
+
+
+@inlined
+def gap_of(place):
+    """The time in the middle of a bin."""
+    low = np.int64((place + GAP_FIRST) << GAP_SHIFT).view(np.float64)
+    high = np.int64((place + 1 + GAP_FIRST) << GAP_SHIFT).view(np.float64)
+    return 0.5 * (low + high)
 
 
 @inlined
@@ -378,7 +384,7 @@ def room(counts, sums, policy):
 def asked_of_rule(own_rule, policy, memory, counts, prompt, caps, classes, request, rest, cached, since, started, sent, t):
     """Tokens that a rule of the user's own has a request compute in this step; 0 to `rest`."""
     r = unsigned(request)
-    class_ = int(classes[r]) if classes.size > 0 else 0
+    class_ = np.int64(classes[r]) if classes.size > 0 else np.int64(0)
     batch = TokenBatch(
         running=counts[RUNNING],
         prefilling=counts[PREFILLING],
@@ -388,16 +394,16 @@ def asked_of_rule(own_rule, policy, memory, counts, prompt, caps, classes, reque
         time=t,
         waited=t - since,
         prefill_requests=counts[CHUNKS],
-        prefill_tokens=sent,
+        prefill_tokens=np.int64(sent),
         decode_context=counts[CONTEXT],
         free_blocks=counts[FREE],
         blocks=memory.blocks,
         block_size=memory.block_size,
-        head_started=started,
-        head_tokens=rest,
-        head_cached_tokens=cached,
-        head_prompt_tokens=int(prompt[r]),
-        head_max_tokens=int(caps[r]),
+        head_started=np.int64(started),
+        head_tokens=np.int64(rest),
+        head_cached_tokens=np.int64(cached),
+        head_prompt_tokens=np.int64(prompt[r]),
+        head_max_tokens=np.int64(caps[r]),
         head_class=class_,
         parameter=policy.parameter,
     )
@@ -991,6 +997,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     residues[:block_size] = 0
     unclip[:] = 0
     counts[FREE] = blocks
+    own[STATE, : prompt.size] = UNSEEN
     if caching:
         kv.reset(counts, nodes, node_of, blocks)
         owned[kv.RUN_NODE] = -1
@@ -1048,6 +1055,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     own[GENERATED, r] = 0
                     own[HIT, r] = 0
                     own[PREEMPTIONS, r] = 0
+                    own[LATE, r] = 0
                     times[STARTED_AT, r] = np.nan
                     times[FIRST_AT, r] = np.nan
                     times[ENDED_AT, r] = np.nan
@@ -1301,4 +1309,5 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     if t < time_limit and time_limit < np.inf and status == DONE:
         t = time_limit
     sums[END_TIME] = t
+    counts[ALL_STEPS] = all_steps
     return status

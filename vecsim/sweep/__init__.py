@@ -24,7 +24,7 @@ INSTANTS = 201  # at which a kept queue is looked at
 
 def sweep(
     engine: Engine,
-    time_limit: float,
+    time_limit: float | None = None,
     *,
     warmup: float = 0.0,
     quantiles: Sequence[float] | None = None,
@@ -39,10 +39,11 @@ def sweep(
     ----------
     engine : Engine
         What is varied.
-    time_limit : float
-        Each run ends at the first boundary at or after it [ticks].
+    time_limit : float, optional
+        Each run ends at the first boundary at or after it [ticks, or seconds in the token model]. In the token model
+        finite loads can do without: each run ends when all is served.
     warmup : float
-        Requests that arrive and steps that begin before it are simulated, not measured [ticks]. Throughputs count the
+        Requests that arrive and steps that begin before it are simulated, not measured [ticks or seconds]. Throughputs count the
         same requests: where a long queue was there already, they read lower than what the engine does.
     quantiles : sequence of float, optional
         Quantiles of the latencies, each in [0, 1]; 0.5, 0.9, 0.95 and 0.99 unless given.
@@ -71,24 +72,28 @@ def sweep(
     ValueError
         When an axis is unknown, ambiguous, empty or has a wrong value, or the sweep would not fit in memory.
     """
-    time_limit, warmup = check_times(time_limit, warmup)
-    wanted = check_quantiles(quantiles)
     if not isinstance(engine, Engine):
         raise ValueError(f"engine must be an Engine, got {engine!r}")
+    time_limit, warmup = check_times(time_limit, warmup, engine.is_token)
+    wanted = check_quantiles(quantiles)
+    if keep == "queue" and engine.is_token:
+        raise ValueError('keep must be "requests" or left out in the token model, got "queue"')
     if keep not in (None, "requests", "queue"):
         raise ValueError(f'keep must be "requests", "queue" or left out, got {keep!r}')
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
         raise ValueError(f"threads must be a whole number >= 1, got {threads!r}")
     planned = plan(engine, axes)
     table = lower(planned, time_limit)
-    with progress_bar(
-        planned.scenarios, progress, "run_scenarios_by_address" if table.rules else "run_scenarios"
-    ) as bar:
+    kernel = "run_scenarios_by_address" if table.rules else "run_scenarios"
+    if table.token is not None:
+        kernel = "run_token_scenarios"
+    with progress_bar(planned.scenarios, progress, kernel) as bar:
         instants = np.linspace(0.0, time_limit, INSTANTS if keep == "queue" else 0)
         measured = Measured(warmup, np.array(wanted), instants)
         results = simulate(table, measured, threads, keep == "requests", bar.update)
     attrs = base_attrs(planned.engine, time_limit, warmup)
-    dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs)
+    token, classes = table.token is not None, () if table.token is None else table.token.class_names or ()
+    dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs, token, classes)
     dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
         dataset = dataset.assign(record_variables(results.record, dims, shape))

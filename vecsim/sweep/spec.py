@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from vecsim.batching import RULE_NAME
 from vecsim.declaration import Declaration, from_plain, suggestion, tagged
 from vecsim.engine import Engine
+from vecsim.own import RULE_NAME
 
 # So many values in one range are a slip, not a sweep.
 MOST_VALUES = 10_000_000

@@ -1,0 +1,482 @@
+"""Scenarios of the token model: prepare the requests, run the step loop, tally. Each call does a range of rows."""
+
+import numpy as np
+
+from vecsim.kernel import kv
+from vecsim.kernel import token as loop
+from vecsim.kernel.jit import bare, entry, inner, unsigned
+from vecsim.kernel.quantiles import weighted_quantiles
+from vecsim.kernel.scenarios import fill_arrivals
+from vecsim.kernel.state import (
+    DONE,
+    INTERRUPTED,
+    OUT_OF_REQUESTS,
+    Cache,
+    Memory,
+    Policy,
+    StepModel,
+    TokenLoad,
+)
+from vecsim.kernel.tally import E2E, QUEUE_TIME, TPOT, TTFT, write_latencies
+from vecsim.load import AT_ONCE, CAP, CLASS, CLOSED, EVENLY, GROUP, OUTPUT, PIECEWISE, PROMPT, TURNS
+
+# What a scenario is told, number by number
+FIELDS = (
+    *Policy._fields,
+    *Memory._fields,
+    *StepModel._fields[:-4],
+    "tables",  # first term of its step-time table, and how many it has
+    "terms",
+    "arrivals",
+    "request_rate",
+    "requests",
+    "think_time",
+    "stage",  # first of its stages, and how many
+    "stages",
+    "repeats",
+    "capped",
+    "prefix_tokens",
+    "prefix_groups",
+    "sessions",
+    "session_think",
+    "trace",  # first request of its trace's ids, -1 if there are none
+    "id_blocks",  # blocks that an id stands for
+    "first_class",
+    "classes",
+    "before_queue",
+    "per_token",
+    "at_completion",
+)
+
+POLICY = 0
+MEMORY = POLICY + len(Policy._fields)
+MODEL = MEMORY + len(Memory._fields)
+TABLES, TERMS, ARRIVALS, RATE, REQUESTS, THINK, STAGE, STAGES, REPEATS, CAPPED = range(
+    FIELDS.index("tables"), FIELDS.index("tables") + 10
+)
+(
+    PREFIX_TOKENS, PREFIX_GROUPS, SESSIONS, SESSION_THINK, TRACE, ID_BLOCKS, FIRST_CLASS, CLASSES, BEFORE_QUEUE, PER_TOKEN,
+    AT_COMPLETION,
+) = range(FIELDS.index("prefix_tokens"), FIELDS.index("prefix_tokens") + 11)  # fmt: skip
+
+# Fields of a class
+URGENCY, TTFT_LIMIT, TPOT_LIMIT, ITL_LIMIT, E2E_LIMIT, CLASS_FIELDS = range(6)
+
+# Metrics of a class, after those of all requests
+CLASS_METRICS = 3
+
+
+@inner
+def policy_of(p):
+    return Policy(
+        int(p[0]), int(p[1]), int(p[2]), p[3] != 0, int(p[4]), p[5] != 0, p[6] != 0, p[7] != 0, p[8] != 0, int(p[9]), int(p[10]),
+        p[11] != 0, p[12] != 0, int(p[13]), p[14] != 0, int(p[15]), p[16] != 0, p[17], p[18], p[19], int(p[20]), int(p[21]),
+        int(p[22]), p[23] != 0, p[24],
+    )  # fmt: skip
+
+
+@inner
+def memory_of(p):
+    return Memory(
+        int(p[MEMORY]),
+        int(p[MEMORY + 1]),
+        int(p[MEMORY + 2]),
+        int(p[MEMORY + 3]),
+        p[MEMORY + 4] != 0,
+        p[MEMORY + 5] != 0,
+    )
+
+
+@inner
+def model_of(p, streams):
+    first, terms = int(p[TABLES]), int(p[TERMS])
+    return StepModel(
+        int(p[MODEL]), p[MODEL + 1], p[MODEL + 2], p[MODEL + 3], p[MODEL + 4], p[MODEL + 5], p[MODEL + 6], p[MODEL + 7],
+        p[MODEL + 8], int(p[MODEL + 9]), int(p[MODEL + 10]), streams.terms[first : first + terms], streams.grids,
+        streams.values, streams.outside,
+    )  # fmt: skip
+
+
+@bare
+def fill_stages(stages, first, number, repeats, scale, units, time_limit, out):
+    """Due times of a load whose rate changes in stages; returns how many come before the limit."""
+    t = area = 0.0
+    stage = 0
+    n = out.size - 1
+    for i in range(n):
+        target = units[i] / scale
+        while True:
+            duration, rate = stages[first + stage, 0], stages[first + stage, 1]
+            is_last = stage == number - 1 and not repeats
+            if rate > 0.0 and (is_last or area + rate * duration >= target):
+                out[i] = t + (target - area) / rate
+                break
+            if is_last or t >= time_limit:
+                out[i] = np.inf
+                break
+            area += rate * duration
+            t += duration
+            stage = stage + 1 if stage + 1 < number else 0
+        if not out[i] < time_limit:
+            n = i
+            break
+    out[n] = np.inf
+    return n
+
+
+@inner
+def stream_of(streams, at):
+    """The values of a stream."""
+    return streams.values[streams.start[at] : streams.start[at] + streams.size[at]]
+
+
+@inner
+def prepare(p, numbers, arrival_stream, streams, time_limit, scratch):
+    """Make a scenario's requests in `scratch`.
+
+    Returns (status, requests, those of them whose time of arrival is known).
+    """
+    arrivals = int(p[ARRIVALS])
+    wanted = int(p[REQUESTS])
+    arrived_at, prompt, output, caps = (
+        scratch.arrived_at,
+        scratch.prompt_tokens,
+        scratch.output_tokens,
+        scratch.max_tokens,
+    )
+    outputs = stream_of(streams.numbers, numbers[OUTPUT])
+    prompts = stream_of(streams.numbers, numbers[PROMPT])
+    room = min(min(outputs.size, prompts.size), prompt.size)
+    has_sessions = p[SESSIONS] != 0
+    turns = stream_of(streams.numbers, numbers[TURNS])
+    available = min(room, turns.size) if has_sessions else room
+    if arrivals == CLOSED:
+        static = min(wanted, available)
+        arrived_at[:static] = 0.0
+        arrived_at[static:] = np.inf
+        n = available
+        if static < wanted:
+            return OUT_OF_REQUESTS, n, static
+    else:
+        units = stream_of(streams.arrivals, arrival_stream)
+        if arrivals != AT_ONCE and arrivals != EVENLY:
+            available = min(available, units.size)
+        out = arrived_at[: min(wanted, available) + 1]
+        if arrivals == PIECEWISE:
+            static = fill_stages(
+                streams.stages, int(p[STAGE]), int(p[STAGES]), p[REPEATS] != 0, p[RATE], units, time_limit, out
+            )
+        else:
+            static = fill_arrivals(arrivals, p[RATE], units, time_limit, out)
+        n = static
+        if static == available < wanted:
+            return OUT_OF_REQUESTS, n, static
+    if has_sessions:
+        for i in range(static):
+            n += turns[i] - 1
+        if n > room:
+            return OUT_OF_REQUESTS, n, static
+
+    prefix_tokens = int(p[PREFIX_TOKENS])
+    for i in range(n):
+        output[i] = outputs[i]
+        prompt[i] = prompts[i] + prefix_tokens
+    if p[CAPPED] != 0:
+        cap = stream_of(streams.numbers, numbers[CAP])
+        for i in range(n):
+            caps[i] = cap[i]
+            output[i] = min(output[i], cap[i])
+    if p[CLASSES] > 1:
+        classes = stream_of(streams.numbers, numbers[CLASS])
+        for i in range(n):
+            scratch.classes[i] = classes[i] - 1
+    if has_sessions:
+        follower, think = scratch.follower, scratch.think
+        last = static
+        for i in range(static):
+            before = i
+            for _ in range(turns[i] - 1):
+                follower[before] = last
+                think[last] = p[SESSION_THINK]
+                arrived_at[last] = np.inf
+                prompt[last] += prompt[before] + output[before] - prefix_tokens
+                scratch.classes[last] = scratch.classes[i]
+                before = last
+                last += 1
+            follower[before] = -1
+    return DONE, n, static
+
+
+@inner
+def name_blocks(p, numbers, streams, memory, scratch, n, static):
+    """Which blocks of the requests have given ids, and which; returns (ids, blocks with given ids) in all."""
+    size = memory.block_size
+    prompt, output, shared, own_start = scratch.prompt_tokens, scratch.output_tokens, scratch.shared, scratch.own_start
+    prefix, prefix_id, own_id = scratch.prefix, scratch.prefix_id, scratch.own_id
+    total = ids = 0
+    if p[TRACE] >= 0:
+        first, ratio = int(p[TRACE]), int(p[ID_BLOCKS])
+        for i in range(n):
+            scratch.id_start[i] = streams.id_start[first + i]
+            shared[i] = min(int(streams.id_count[first + i]) * ratio, prompt[i] // size)
+            own_start[i] = total
+            total += shared[i]
+        return streams.ids.size * ratio, total
+    prefix_blocks = int(p[PREFIX_TOKENS]) // size
+    ids = prefix_blocks * int(p[PREFIX_GROUPS])
+    groups = stream_of(streams.numbers, numbers[GROUP])
+    has_sessions = p[SESSIONS] != 0
+    for i in range(n):
+        prefix[i] = prefix_blocks
+        prefix_id[i] = (groups[i] - 1) * prefix_blocks
+        shared[i] = prefix_blocks
+    if has_sessions:
+        follower = scratch.follower
+        for i in range(static):
+            at = i
+            while True:
+                prefix_id[at] = prefix_id[i]
+                own_id[at] = ids - prefix_blocks
+                shared[at] = (prompt[at] + output[at]) // size
+                if follower[at] < 0:
+                    break
+                at = follower[at]
+            ids += max(shared[at] - prefix_blocks, 0)
+    for i in range(n):
+        own_start[i] = total
+        total += shared[i]
+    return ids, total
+
+
+@inner
+def late(limit, value):
+    """Whether a latency exceeds its limit; no limit is infinite."""
+    return value > limit
+
+
+@inner
+def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, out):
+    """Write the row of metrics of one scenario: the order of `vecsim.variables.TOKEN_VARIABLES`, then by class."""
+    counts, sums, own, times = work.counts, work.sums, work.own, work.times
+    arrived_at, prompt, output = load.arrived_at, load.prompt_tokens, load.output_tokens
+    per_token, at_completion = load.per_token, load.at_completion
+    values = scratch.values
+    e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
+    end_time = sums[loop.END_TIME]
+    queue_time_sum = ttft_sum = e2e_sum = tpot_sum = 0.0
+    queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
+    queue_time_min = ttft_min = e2e_min = tpot_min = np.inf
+    arrived = started = first_tokens = completed = tpots = tokens = dropped = preempted = good = 0
+    backlog = sums[loop.BACKLOG]
+    number_of_classes = int(p[CLASSES])
+    first_class = int(p[FIRST_CLASS])
+    stats = wanted.size + 2
+    by_class = out[5 * stats + SCALARS :]
+    by_class[:] = np.nan
+    for i in range(CLASS_METRICS * number_of_classes):
+        by_class[i] = 0.0
+    for i in range(n):
+        r = unsigned(i)
+        state = own[loop.STATE, r]
+        if state == loop.UNSEEN:
+            continue
+        came = arrived_at[r]
+        if state == loop.QUEUED:
+            backlog += max(end_time - max(times[loop.SINCE, r], warmup), 0.0)
+        if came < warmup:
+            continue
+        arrived += 1
+        if state == loop.DROPPED_AT_ONCE:
+            dropped += 1
+            continue
+        preempted += own[loop.PREEMPTIONS, r]
+        value = times[loop.STARTED_AT, r] - came
+        if not value >= 0.0:  # it has not started
+            continue
+        queue_time[unsigned(started)] = value
+        queue_time_sum += value
+        queue_time_max = max(queue_time_max, value)
+        queue_time_min = min(queue_time_min, value)
+        started += 1
+        first = times[loop.FIRST_AT, r] - came + per_token
+        if not first >= 0.0:
+            continue
+        ttft[unsigned(first_tokens)] = first
+        ttft_sum += first
+        ttft_max = max(ttft_max, first)
+        ttft_min = min(ttft_min, first)
+        first_tokens += 1
+        if state != loop.GONE:
+            tokens += loop.generated(counts, own, i)
+            continue
+        length = int(output[r])
+        tokens += length
+        last = times[loop.ENDED_AT, r] - came + length * per_token
+        value = last + at_completion
+        e2e[unsigned(completed)] = value
+        e2e_sum += value
+        e2e_max = max(e2e_max, value)
+        e2e_min = min(e2e_min, value)
+        completed += 1
+        mean_gap = 0.0
+        if length > 1:
+            mean_gap = (last - first) / (length - 1)
+            tpot[unsigned(tpots)] = mean_gap
+            tpot_sum += mean_gap
+            tpot_max = max(tpot_max, mean_gap)
+            tpot_min = min(tpot_min, mean_gap)
+            tpots += 1
+        class_ = int(load.classes[r]) if load.classes.size > 0 else 0
+        at = first_class + class_
+        if not (
+            first > classes[at, TTFT_LIMIT]
+            or mean_gap > classes[at, TPOT_LIMIT]
+            or value > classes[at, E2E_LIMIT]
+            or own[loop.LATE, r] < 0
+        ):
+            good += 1
+            if number_of_classes > 0:
+                by_class[CLASS_METRICS * class_] += 1
+        if number_of_classes > 0:
+            by_class[CLASS_METRICS * class_ + 2] += 1
+
+    sizes = (completed, first_tokens, tpots, started)
+    write_latencies(
+        values, sizes, (e2e_sum, ttft_sum, tpot_sum, queue_time_sum), (e2e_min, ttft_min, tpot_min, queue_time_min),
+        (e2e_max, ttft_max, tpot_max, queue_time_max), wanted, scratch.bin_counts, scratch.bin_places, scratch.bins,
+        scratch.kept, out,
+    )  # fmt: skip
+    at = 4 * stats
+    row = out[at : at + stats]
+    gaps = counts[loop.GAPS]
+    if gaps > 0:
+        low, high = counts[loop.GAP_LOW], counts[loop.GAP_HIGH]
+        middles = scratch.gap_values[: high - low + 1]
+        for i in range(middles.size):
+            middles[i] = loop.gap_of(low + i)
+        row[0] = sums[loop.GAP_SUM] / gaps + per_token
+        weighted_quantiles(middles, work.gaps[low : high + 1], gaps, wanted, row[1:-1])
+        for i in range(1, stats - 1):
+            row[i] = min(row[i], sums[loop.GAP_MAX]) + per_token
+        row[stats - 1] = sums[loop.GAP_MAX] + per_token
+    else:
+        row[:] = np.nan
+    at += stats
+    spent = end_time - warmup
+    steps = counts[loop.STEPS]
+    endless = memory.blocks == ENDLESS_BLOCKS
+    known = counts[loop.PROMPT_TOKENS]
+    out[at] = arrived
+    out[at + 1] = started
+    out[at + 2] = first_tokens
+    out[at + 3] = completed
+    out[at + 4] = dropped
+    out[at + 5] = preempted
+    out[at + 6] = gaps
+    out[at + 7] = completed / spent if spent > 0.0 else np.nan
+    out[at + 8] = tokens / spent if spent > 0.0 else np.nan
+    out[at + 9] = good / spent if spent > 0.0 else np.nan
+    out[at + 10] = good / (completed + dropped) if completed + dropped > 0 else np.nan
+    out[at + 11] = counts[loop.WAITING]
+    out[at + 12] = backlog / spent if spent > 0.0 else np.nan
+    out[at + 13] = counts[loop.MAX_QUEUE]
+    out[at + 14] = sums[loop.BUSY] / (policy.slots * spent) if spent > 0.0 else np.nan
+    out[at + 15] = sums[loop.USED] / (memory.blocks * spent) if spent > 0.0 and not endless else np.nan
+    out[at + 16] = counts[loop.PEAK] / memory.blocks if not endless else np.nan
+    out[at + 17] = counts[loop.HIT_TOKENS] / known if known > 0 else np.nan
+    out[at + 18] = counts[loop.SCHEDULED] / steps if steps > 0 else np.nan
+    out[at + 19] = counts[loop.TOKENS] / steps if steps > 0 else np.nan
+    out[at + 20] = end_time
+    out[at + 21] = steps
+    for class_ in range(number_of_classes):
+        kept = by_class[CLASS_METRICS * class_]
+        done = by_class[CLASS_METRICS * class_ + 2]
+        by_class[CLASS_METRICS * class_] = kept / spent if spent > 0.0 else np.nan
+        by_class[CLASS_METRICS * class_ + 1] = kept / done if done > 0 else np.nan
+
+
+SCALARS = 22
+ENDLESS_BLOCKS = 2**31 - 1
+
+
+@inner
+def run_rows(own_rule, own_duration, first, last, job):
+    """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one."""
+    scratch, work, streams = job.scratch, job.work, job.streams
+    n = 0
+    status = DONE
+    for row in range(first, last):
+        p = job.scenarios[row]
+        policy, memory = policy_of(p), memory_of(p)
+        status, n, static = prepare(p, job.stream[row], job.arrival_stream[row], streams, job.time_limit, scratch)
+        job.status[row] = status
+        if status != DONE:
+            continue
+        ids = with_ids = 0
+        if memory.caching:
+            ids, with_ids = name_blocks(p, job.stream[row], streams, memory, scratch, n, static)
+            if ids > job.cache_node_of.size or with_ids > job.cache_own.size:
+                status = job.status[row] = OUT_OF_REQUESTS
+                continue
+        has_classes = n if p[CLASSES] > 1 else 0
+        has_sessions = n if p[SESSIONS] != 0 else 0
+        number = max(int(p[CLASSES]), 1)
+        first_class = int(p[FIRST_CLASS])
+        load = TokenLoad(
+            scratch.arrived_at,
+            scratch.prompt_tokens[:n],
+            scratch.output_tokens[:n],
+            scratch.max_tokens[:n] if p[CAPPED] != 0 else scratch.output_tokens[:n],
+            scratch.classes[:has_classes],
+            scratch.follower[:has_sessions],
+            scratch.think[:has_sessions],
+            streams.classes[first_class : first_class + number, URGENCY],
+            streams.classes[first_class : first_class + number, TTFT_LIMIT],
+            static,
+            int(p[ARRIVALS]) == CLOSED,
+            p[THINK],
+            p[BEFORE_QUEUE],
+            p[PER_TOKEN],
+            p[AT_COMPLETION],
+        )
+        traced = streams.ids.size if p[TRACE] >= 0 else 0
+        cache = Cache(
+            job.cache_nodes,
+            job.cache_node_of[:ids],
+            job.cache_owned,
+            job.cache_own,
+            (
+                streams.ids[:traced],
+                int(p[ID_BLOCKS]),
+                scratch.id_start,
+                scratch.prefix,
+                scratch.prefix_id,
+                scratch.own_id,
+            ),
+            scratch.shared[: n if with_ids > 0 else 0],
+            scratch.own_start,
+        )
+        status = loop.simulate(
+            policy, memory, model_of(p, streams), load, work, cache, job.record, job.time_limit, job.warmup, job.stop,
+            own_rule, own_duration,
+        )  # fmt: skip
+        job.status[row] = status
+        if status == INTERRUPTED:
+            break
+        if status != DONE:
+            continue
+        job.enqueued[row] = work.counts[loop.ENQUEUED]
+        tally(p, policy, memory, load, work, scratch, streams.classes, job.warmup, n, job.quantiles, job.metrics[row])
+    return status, n
+
+
+@entry
+def run_token_scenarios(own_rule, own_duration, first, last, job):
+    """Run the scenarios [first, last) of a `TokenJob`.
+
+    The user's own rule of a batcher and step time are called by their addresses, where a scenario has them.
+    """
+    return run_rows(own_rule, own_duration, first, last, job)
+
+
+ROWS_OF_NODES, ROWS_OWNED = kv.NODE_ROWS, kv.OWNED_ROWS

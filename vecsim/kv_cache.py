@@ -1,0 +1,51 @@
+"""KV memory: how many blocks there are, and what happens to those that are freed."""
+
+import math
+from typing import Annotated, Any
+
+from vecsim.declaration import Declaration, Range
+
+Share = Annotated[float, Range(0, 1)]
+
+
+class KVCache(Declaration, frozen=True, kw_only=True):
+    """The KV memory of an engine, in blocks of tokens.
+
+    Parameters
+    ----------
+    blocks : int, optional
+        How many there are; more than can ever be needed unless given.
+    block_size : int
+        Tokens of a block.
+    prefix_caching : bool
+        Whether full blocks stay to be found by requests that begin with the same tokens, until they're needed: the least
+        recently used go first, the deepest of a request before those above it.
+    watermark : float
+        Share of the blocks that stays free when a request is admitted while anything runs.
+    uncached_first : bool
+        Whether freed blocks that nobody could find are used before all others (recent releases of vLLM).
+
+    Raises
+    ------
+    ValueError
+        When a field is out of its range.
+    """
+
+    blocks: Annotated[int, Range(1, 2**31 - 1)] | None = None
+    block_size: Annotated[int, Range(1, 2**16)] = 16
+    prefix_caching: bool = False
+    watermark: Share = 0.0
+    uncached_first: bool = False
+
+    def kernel(self) -> dict[str, Any]:
+        """Fields of `vecsim.kernel.state.Memory` by name."""
+        blocks = 2**40 if self.blocks is None else self.blocks
+        shift = int(math.log2(self.block_size))
+        return {
+            "blocks": blocks,
+            "block_size": self.block_size,
+            "shift": shift if 2**shift == self.block_size else -1,
+            "watermark": int(self.watermark * blocks) if self.blocks is not None else 0,
+            "caching": self.prefix_caching,
+            "front": self.uncached_first,
+        }

@@ -1,0 +1,306 @@
+"""Run a block of scenarios of the token model: draw its streams, give each thread room, call the kernels."""
+
+import itertools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vecsim import memory
+from vecsim.kernel.state import (
+    BAD_DURATION,
+    DONE,
+    INTERRUPTED,
+    Array,
+    StepRecord,
+    Streams,
+    TokenJob,
+    TokenScratch,
+    TokenStreams,
+    TokenWork,
+)
+from vecsim.load import OUTPUT, PROMPT, TURNS
+from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed
+from vecsim.threads import INLINE, Workers
+
+BYTES_PER_REQUEST = 240  # of a thread's room
+
+
+class TokenRun(NamedTuple):
+    """What is left of the scenario that was run last."""
+
+    requests: int
+    steps: StepRecord
+
+
+def new_streams(sizes: Array, dtype: Any) -> Streams:
+    """Room for streams of given sizes."""
+    start = np.cumsum(sizes) - sizes
+    return Streams(start, sizes, np.zeros(sizes.size, np.int64), np.empty(int(sizes.sum()), dtype))
+
+
+def run_token_block(
+    table: Table,
+    block: Block,
+    measured: Any,
+    results: Any,
+    workers: Workers,
+    progress: Callable[[int], Any] = lambda done: None,
+    steps: int = 0,
+) -> tuple[Array, TokenRun | None]:
+    """Draw a block's streams and run its scenarios.
+
+    Parameters
+    ----------
+    steps : int
+        Keep a record of so many steps.
+
+    Returns
+    -------
+    status : array
+        Of each scenario.
+    run : TokenRun or None
+        Of the scenario that was run last.
+    """
+    from vecsim.kernel.custom import token_kernel
+    from vecsim.kernel.scenarios import draw_arrivals, draw_lengths
+    from vecsim.kernel.token_record import write_token_record
+
+    shared = table.token
+    assert shared is not None
+    numbers = new_streams(block.length_sizes, np.int32)
+    arrivals = new_streams(block.arrival_sizes, np.float64)
+    times = np.concatenate(shared.times) if shared.times else np.empty(0)
+
+    def draw_some_lengths(first: int, last: int) -> None:
+        draw_lengths(first, last, block.lengths, table.tables, numbers, workers.stop)
+
+    def draw_some_arrivals(first: int, last: int) -> None:
+        draw_arrivals(first, last, block.arrivals, times, arrivals, workers.stop)
+
+    workers.share(draw_some_lengths, numbers.size.size, numbers.values.size + int(block.lengths.offset.sum()))
+    if arrivals.values.size:
+        workers.share(draw_some_arrivals, arrivals.size.size, arrivals.values.size)
+
+    streams = token_streams(table, numbers, arrivals)
+    size = block.rows.size
+    status = np.full(size, INTERRUPTED, np.int64)
+    room = Room(table, block, numbers, streams)
+    own = threading.local()
+    latest: dict[str, Any] = {"run": None}
+    record = StepRecord(np.empty((2, steps)), np.empty((6, steps), np.int64))
+
+    def job() -> TokenJob:
+        if not hasattr(own, "room"):
+            own.room = room.make()
+        scratch, work, cache = own.room
+        return TokenJob(
+            block.scenarios, block.stream, block.arrival_stream, streams, table.time_limit, measured.warmup,
+            measured.quantiles, scratch, work, *cache, record, results.metrics, results.enqueued, status, workers.stop,
+        )  # fmt: skip
+
+    kernels = {place: token_kernel(table.rules[place] if place >= 0 else (None, None), job()) for place in set(block.own)}
+
+    def run_some(first: int, last: int) -> tuple[int, int]:
+        cuts = first + 1 + np.flatnonzero(np.diff(block.own[first:last]))
+        outcome = DONE, 0
+        for begin, end in itertools.pairwise((first, *cuts.tolist(), last)):
+            outcome = kernels[block.own[begin]](begin, end, job())
+            refused = np.flatnonzero(status[begin:end] == BAD_DURATION)
+            if refused.size:
+                raise ValueError(bad_duration(table, block, begin + int(refused[0]), own.room[1]))
+        return outcome
+
+    keeps_requests = results.record.arrived_at.shape[1] > 0
+
+    def run_and_record(first: int, last: int) -> None:
+        for row in range(first, last):
+            _, requests = run_some(row, row + 1)
+            if status[row] == DONE:
+                kept = write_token_record(row, requests, job(), results.record)
+                latest["run"] = TokenRun(kept, trimmed(record, own.room[1]))
+
+    # How much work that is can't be known; a closed loop's requests are a guess.
+    cost = 40.0 * size * block.most_requests
+    run = run_and_record if keeps_requests else run_some
+    workers.share(run, size, max(cost, INLINE) if table.rules else cost, progress)
+    if streams.outside[0]:
+        warnings.warn(
+            f"{int(streams.outside[0]):,} steps were outside the tables of the step time: extrapolated", stacklevel=2
+        )
+    return status, latest["run"]
+
+
+def trimmed(record: StepRecord, work: TokenWork) -> StepRecord:
+    """The steps that were made, of all that there is room for."""
+    from vecsim.kernel.token import ALL_STEPS
+
+    made = int(work.counts[ALL_STEPS])
+    return StepRecord(record.times[:, :made], record.counts[:, :made])
+
+
+def bad_duration(table: Table, block: Block, row: int, work: TokenWork) -> str:
+    """What to say of a step whose duration can't be."""
+    rule = table.rules[block.own[row]][1] if block.own[row] >= 0 else None
+    name = f"rule {rule.py_func.__name__}" if rule is not None else "the step time"
+    return f"{name} must return a number of seconds > 0 that is no infinity, and is more than the clock's last digit"
+
+
+def token_streams(table: Table, numbers: Streams, arrivals: Streams) -> TokenStreams:
+    """Everything that requests are made of."""
+    from vecsim.kernel.duration import FIELDS
+
+    shared = table.token
+    assert shared is not None
+
+    def joined(parts: list[Array], dtype: Any) -> Array:
+        return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype)
+
+    counts = joined(shared.id_counts, np.int64)
+    return TokenStreams(
+        numbers=numbers,
+        arrivals=arrivals,
+        stages=np.array(shared.stages or [(1.0, 1.0)], np.float64),
+        ids=joined(shared.ids, np.int64),
+        id_start=np.cumsum(counts) - counts,
+        id_count=counts,
+        classes=np.array(shared.classes, np.float64),
+        terms=np.concatenate(shared.terms) if shared.terms else np.empty((0, FIELDS)),
+        grids=joined(shared.grids, np.float64),
+        values=joined(shared.values, np.float64),
+        outside=np.zeros(1, np.int64),
+    )
+
+
+class Room:
+    """How much room a thread needs for the largest scenario of a block."""
+
+    def __init__(self, table: Table, block: Block, numbers: Streams, streams: TokenStreams) -> None:
+        from vecsim.kernel.token_scenarios import FIELDS
+
+        column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
+        self.requests = block.most_requests + 1
+        self.slots = int(column["slots"].max())
+        self.block_size = int(column["block_size"].max())
+        self.longest = int(numbers.longest[block.stream[:, OUTPUT]].max())
+        self.ids, self.with_ids, self.nodes = self._blocks(column, block, numbers, streams)
+        self.caching = bool(column["caching"].any())
+
+    def _blocks(
+        self, column: dict[str, Array], block: Block, numbers: Streams, streams: TokenStreams
+    ) -> tuple[int, int, int]:
+        """(ids of blocks, blocks of requests that have given ids, nodes), at most."""
+        ids = with_ids = nodes = 0
+        for row in np.flatnonzero(column["caching"]):
+            size = column["block_size"][row]
+            own_ids = own_with = 0.0
+            if column["trace"][row] >= 0:
+                own_ids = streams.ids.size * column["id_blocks"][row]
+                own_with = own_ids
+            else:
+                prefix = column["prefix_tokens"][row] // size
+                own_ids = prefix * column["prefix_groups"][row]
+                own_with = prefix * self.requests
+                if column["sessions"][row]:
+                    turns = int(numbers.longest[block.stream[row, TURNS]])
+                    tokens = sum(
+                        float(_stream(numbers, block.stream[row, kind]).sum(dtype=np.int64)) for kind in (PROMPT, OUTPUT)
+                    )
+                    own = tokens / size + self.requests
+                    own_ids += own
+                    own_with += turns * own
+            ids, with_ids = max(ids, int(own_ids)), max(with_ids, int(own_with))
+            # A node holds a block at least; beside blocks with ids, each request has two runs at most.
+            nodes = max(nodes, int(min(column["blocks"][row], own_ids + own_with + 2 * self.requests)) + 4)
+        return ids, with_ids, nodes
+
+    def make(self) -> tuple[TokenScratch, TokenWork, tuple[Array, Array, Array, Array]]:
+        """Room for one thread."""
+        from vecsim.kernel import token as loop
+        from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
+        from vecsim.kernel.quantiles import BINS
+        from vecsim.kernel.tally import LATENCIES
+
+        n, slots = self.requests, self.slots + 1
+        ring = 1 << max(3, (self.longest + 2).bit_length())
+
+        def whole(*shape: int) -> Array:
+            return np.zeros(shape, np.int32)
+
+        scratch = TokenScratch(
+            arrived_at=np.empty(n + 1),
+            prompt_tokens=whole(n),
+            output_tokens=whole(n),
+            max_tokens=whole(n),
+            classes=whole(n),
+            follower=whole(n),
+            think=np.empty(n),
+            shared=whole(n),
+            own_start=np.zeros(n, np.int64),
+            id_start=np.zeros(n, np.int64),
+            prefix=whole(n),
+            prefix_id=np.zeros(n, np.int64),
+            own_id=np.zeros(n, np.int64),
+            values=np.empty((LATENCIES, n)),
+            kept=np.empty(n + 1),
+            bins=np.empty(n, np.uint16),
+            bin_counts=np.empty(BINS, np.int32),
+            bin_places=np.empty(BINS, np.int32),
+            gap_values=np.empty(loop.GAP_BINS),
+        )
+        work = TokenWork(
+            counts=np.zeros(loop.COUNTS, np.int64),
+            sums=np.zeros(loop.SUMS),
+            gaps=np.zeros(loop.GAP_BINS, np.int64),
+            own=whole(loop.OWN_ROWS, n),
+            times=np.zeros((loop.TIME_ROWS, n)),
+            first=whole(ring),
+            unclip=whole(ring),
+            residues=whole(self.block_size),
+            prefills=whole(slots),
+            chunk_of=whole(slots),
+            chunk_tokens=whole(slots),
+            stack=whole(max(2 * slots, 64)),
+            waiting=whole(1 << max(3, n.bit_length())),
+            heap=whole(n),
+            coming=whole(n),
+            ended=whole(slots),
+            joined=whole(slots),
+            joined_at=np.empty(slots),
+            starving=whole(2 * slots),
+        )
+        requests = n if self.caching else 0
+        cache = (
+            whole(NODE_ROWS, self.nodes if self.caching else 0),
+            whole(self.ids if self.caching else 0),
+            whole(OWNED_ROWS, requests),
+            np.zeros(self.with_ids + 1 if self.caching else 0, np.uint8),
+        )
+        return scratch, work, cache
+
+
+def _stream(streams: Streams, at: int) -> Array:
+    return streams.values[streams.start[at] : streams.start[at] + streams.size[at]]
+
+
+def check_token_memory(table: Table, results: float, threads: int, more: float = 1.0) -> None:
+    """Refuse what would not fit: `results` bytes for results, and what threads work in.
+
+    Raises
+    ------
+    ValueError
+        With the size, what takes it, and what to do.
+    """
+    columns = 24.0 * table.size + 8.0 * sum(column.size for column in table.columns.values())
+    requests = float(np.max(requests_needed(table, more)))
+    working = (threads + 1) * BYTES_PER_REQUEST * requests + max(BLOCK_BYTES, 32.0 * requests)
+    total = results + columns + working
+    if table.size > 1 and results + columns >= working:
+        memory.require_results(table.size, total / table.size)
+    else:
+        memory.require(
+            total, f"{requests:.3g} requests in one scenario", "a shorter time_limit, a lower load or fewer threads"
+        )
+
