@@ -166,7 +166,7 @@ def token_streams(table: Table, numbers: Streams, arrivals: Streams) -> TokenStr
         ids=joined(shared.ids, np.int64),
         id_start=np.cumsum(counts) - counts,
         id_count=counts,
-        classes=np.array(shared.classes, np.float64),
+        classes=np.ascontiguousarray(np.array(shared.classes, np.float64).T),
         terms=np.concatenate(shared.terms) if shared.terms else np.empty((0, FIELDS)),
         grids=joined(shared.grids, np.float64),
         values=joined(shared.values, np.float64),

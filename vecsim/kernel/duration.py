@@ -116,10 +116,10 @@ def from_tables(
 
 
 @inlined
-def duration(
+def by_formula(
     model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
 ):  # fmt: skip
-    """Seconds that a step takes; `own` is a rule of the user's own."""
+    """Seconds that a step takes where they come from a formula."""
     if model.code == LINEAR:
         seconds = (
             model.a
@@ -130,7 +130,7 @@ def duration(
             + model.f * attention
             + (model.g if prefill_requests > 0 else 0.0)
         )
-    elif model.code == POLYNOMIAL:
+    else:
         seconds = 0.0
         if prefill_requests > 0:
             n = float(prefill_requests * (prefill_tokens // prefill_requests))
@@ -138,7 +138,15 @@ def duration(
         if decode_requests > 0:
             u = min(1.0, decode_context / model.kv_tokens)
             seconds += max(model.g, (model.d * u + model.e) * u + model.f)
-    elif model.code == TABLE:
+    return seconds + model.per_step
+
+
+@bare
+def by_call(
+    model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
+):  # fmt: skip
+    """Seconds that a step takes where they come from tables, or from a rule of the user's own."""
+    if model.code == TABLE:
         seconds = from_tables(
             model.terms, model.grids, model.values, model.outside, prefill_requests, prefill_tokens, squares, prefill_context,
             decode_requests, decode_context,
@@ -160,3 +168,17 @@ def duration(
             )
         )
     return seconds + model.per_step
+
+
+@inlined
+def duration(
+    model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
+):  # fmt: skip
+    """Seconds that a step takes; `own` is a rule of the user's own."""
+    if model.code == LINEAR or model.code == POLYNOMIAL:
+        return by_formula(
+            model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
+        )
+    return by_call(
+        model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
+    )

@@ -80,12 +80,17 @@ def is_compiled(name: str) -> bool:
     return any(CACHE_FOLDER.rglob(f"*.{name}-*.nbc"))
 
 
-def entry(function: Callable[..., Any]) -> Any:
+def entry(function: Callable[..., Any], **options: Any) -> Any:
     """Compile at first call and keep the machine code on disk."""
     # Set for this call alone: a user's own cached functions stay where they were.
     config: Any = numba.config
     before, config.CACHE_DIR = config.CACHE_DIR, str(CACHE_FOLDER)
     try:
-        return numba.njit(cache=True, **OPTIONS)(function)
+        return numba.njit(cache=True, **OPTIONS, **options)(function)
     finally:
         config.CACHE_DIR = before
+
+
+def bare_entry(function: Callable[..., Any]) -> Any:
+    """An entry that other entries call by its address; no reference counts, as in `bare`."""
+    return entry(function, no_cpython_wrapper=True, _nrt=False)

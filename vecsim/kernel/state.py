@@ -245,6 +245,21 @@ class StepModel(NamedTuple):
     outside: Array  # [1] steps that were outside the table
 
 
+class Formula(NamedTuple):
+    """The numbers of a `StepModel` that comes from a formula."""
+
+    code: int
+    a: float
+    b: float
+    c: float
+    d: float
+    e: float
+    f: float
+    g: float
+    per_step: float
+    kv_tokens: int
+
+
 class TokenLoad(NamedTuple):
     """Requests of one scenario in the token model [request]; the first `static` have a time of arrival from the start."""
 
@@ -317,7 +332,7 @@ class TokenStreams(NamedTuple):
     ids: Array  # of the blocks of traces' prompts
     id_start: Array  # [request of a trace] first place in `ids`
     id_count: Array  # [request of a trace]
-    classes: Array  # [class, field] urgency, then limits of TTFT, TPOT, ITL, E2E [s]
+    classes: Array  # [field, class] urgency, then limits of TTFT, TPOT, ITL, E2E [s]
     terms: Array  # of step-time tables
     grids: Array
     values: Array

@@ -9,9 +9,9 @@ to step, until an arrival, an end or a lack of blocks. All that a batcher decide
 import numpy as np
 
 from vecsim.kernel import kv
-from vecsim.kernel.duration import duration
+from vecsim.kernel.duration import by_formula, duration
 from vecsim.kernel.heap import pop, push
-from vecsim.kernel.jit import bare, inlined, unsigned
+from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.state import (
     BAD_DURATION,
@@ -19,8 +19,10 @@ from vecsim.kernel.state import (
     INTERRUPTED,
     OUT_OF_REQUESTS,
     OUT_OF_STEPS,
+    Formula,
     TokenBatch,
 )
+from vecsim.step_time import LINEAR, POLYNOMIAL
 
 # What holds a request's blocks: those that its computed tokens need, those of its whole prompt from the start, or
 # what was reserved when it was admitted
@@ -866,93 +868,102 @@ def can_coast(counts, sums, policy, t):
     )
 
 
-@bare
-def coast(
-    counts, sums, first, residues, gaps, recorded_times, recorded_counts, nodes, node_of, owned, memory, model, own_duration,
-    t, due, horizon, all_steps, watch,
-):  # fmt: skip
-    """Make steps that do nothing but decode, until something else can happen; returns how many. O(1) each.
+def make_coast(is_plain):
+    """`coast`, for all scenarios or for the plain ones: no prefix cache, no record, step times from a formula.
 
-    A function of its own, because its few variables stay in registers so: 4 ns a step, where it takes 12 as a part of
-    `simulate`.
+    A function of its own: 4 ns a step, where it takes 12 as a part of `simulate`. The plain one is given few arrays, for to
+    pass them all takes longer than a dozen steps.
     """
-    blocks, block_size = memory.blocks, memory.block_size
-    decoding = int(counts[DECODING])
-    free = int(counts[FREE])
-    step = int(counts[STEP])
-    context = int(counts[CONTEXT])
-    phase = step & (block_size - 1) if memory.shift >= 0 else step % block_size
-    begin = t
-    most = watch - all_steps
-    steps = 0
-    shortest, longest = np.inf, 0.0
-    used = 0.0
-    held = float(blocks - free)
-    status = DONE
-    while steps < most:
-        need = int(residues[unsigned(phase)])
-        if need > free or t >= horizon or t >= due:
-            break
-        if need > 0:
-            if memory.caching:
-                kv.take(counts, nodes, node_of, owned, need)
-            free -= need
-            held = float(blocks - free)
-        after = t + duration(model, 0, 0, 0.0, 0.0, 0, decoding, context, own_duration)
-        gap = after - t
-        if not gap > 0.0:
-            status = BAD_DURATION
-            break
-        if recorded_times.shape[1] > 0:
-            at = unsigned(all_steps + steps)
-            if at >= unsigned(recorded_times.shape[1]):
-                status = OUT_OF_STEPS
+    duration_of = by_formula if is_plain else duration
+
+    @bare
+    def coast(
+        counts, sums, first, residues, gaps, blocks, block_size, shift, model, t, due, horizon, all_steps, watch, memory, cache,
+        record, own_duration,
+    ):  # fmt: skip
+        """Make steps that do nothing but decode, until something else can happen; returns how many. O(1) each."""
+        decoding = int(counts[DECODING])
+        free = int(counts[FREE])
+        step = int(counts[STEP])
+        context = int(counts[CONTEXT])
+        phase = step & (block_size - 1) if shift >= 0 else step % block_size
+        begin = t
+        most = watch - all_steps
+        steps = 0
+        shortest, longest = np.inf, 0.0
+        used = 0.0
+        held = float(blocks - free)
+        status = DONE
+        while steps < most:
+            need = int(residues[unsigned(phase)])
+            if need > free or t >= horizon or t >= due:
                 break
-            recorded_times[BEGIN, at] = t
-            recorded_times[LASTS, at] = gap
-            recorded_counts[STEP_QUEUE, at] = counts[WAITING]
-            recorded_counts[STEP_PREFILLS, at] = 0
-            recorded_counts[STEP_PREFILL_TOKENS, at] = 0
-            recorded_counts[STEP_DECODES, at] = decoding
-            recorded_counts[STEP_USED, at] = blocks - free
-            recorded_counts[STEP_RUNNING, at] = counts[RUNNING]
-        gaps[unsigned(gap_bin(gap))] += decoding
-        shortest = min(shortest, gap)
-        longest = max(longest, gap)
-        used += held * gap
-        context += decoding
-        steps += 1
-        step += 1
-        phase = phase + 1 if phase + 1 < block_size else 0
-        t = after
-        if first[unsigned((step - 1) & (first.size - 1))] >= 0:
-            break
-    if t == np.inf:
-        status = BAD_DURATION
-    counts[COASTED] = status
-    if steps > 0:
-        spent = t - begin
-        counts[FREE] = free
-        counts[STEP] = step
-        counts[CONTEXT] = context
-        sums[GAP_SUM] += decoding * spent
-        sums[GAP_MAX] = max(sums[GAP_MAX], longest)
-        sums[BUSY] += counts[RUNNING] * spent
-        sums[USED] += used
-        sums[LAST_DECODE] = t
-        sums[NOW] = t
-        counts[GAP_LOW] = min(counts[GAP_LOW], gap_bin(shortest))
-        counts[GAP_HIGH] = max(counts[GAP_HIGH], gap_bin(longest))
-        counts[GAPS] += decoding * steps
-        counts[SCHEDULED] += decoding * steps
-        counts[TOKENS] += decoding * steps
-        counts[STEPS] += steps
-        counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
-        counts[PEAK] = max(counts[PEAK], blocks - free)
-    return steps
+            if need > 0:
+                if not is_plain and memory.caching:
+                    kv.take(counts, cache.nodes, cache.node_of, cache.owned, need)
+                free -= need
+                held = float(blocks - free)
+            after = t + duration_of(model, 0, 0, 0.0, 0.0, 0, decoding, context, own_duration)
+            gap = after - t
+            if not gap > 0.0:
+                status = BAD_DURATION
+                break
+            if not is_plain and record.times.shape[1] > 0:
+                at = unsigned(all_steps + steps)
+                if at >= unsigned(record.times.shape[1]):
+                    status = OUT_OF_STEPS
+                    break
+                record.times[BEGIN, at] = t
+                record.times[LASTS, at] = gap
+                record.counts[STEP_QUEUE, at] = counts[WAITING]
+                record.counts[STEP_PREFILLS, at] = 0
+                record.counts[STEP_PREFILL_TOKENS, at] = 0
+                record.counts[STEP_DECODES, at] = decoding
+                record.counts[STEP_USED, at] = blocks - free
+                record.counts[STEP_RUNNING, at] = counts[RUNNING]
+            gaps[unsigned(gap_bin(gap))] += decoding
+            shortest = min(shortest, gap)
+            longest = max(longest, gap)
+            used += held * gap
+            context += decoding
+            steps += 1
+            step += 1
+            phase = phase + 1 if phase + 1 < block_size else 0
+            t = after
+            if first[unsigned((step - 1) & (first.size - 1))] >= 0:
+                break
+        if t == np.inf:
+            status = BAD_DURATION
+        counts[COASTED] = status
+        if steps > 0:
+            spent = t - begin
+            counts[FREE] = free
+            counts[STEP] = step
+            counts[CONTEXT] = context
+            sums[GAP_SUM] += decoding * spent
+            sums[GAP_MAX] = max(sums[GAP_MAX], longest)
+            sums[BUSY] += counts[RUNNING] * spent
+            sums[USED] += used
+            sums[LAST_DECODE] = t
+            sums[NOW] = t
+            counts[GAP_LOW] = min(counts[GAP_LOW], gap_bin(shortest))
+            counts[GAP_HIGH] = max(counts[GAP_HIGH], gap_bin(longest))
+            counts[GAPS] += decoding * steps
+            counts[SCHEDULED] += decoding * steps
+            counts[TOKENS] += decoding * steps
+            counts[STEPS] += steps
+            counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
+            counts[PEAK] = max(counts[PEAK], blocks - free)
+        return steps
+
+    return coast
 
 
-@bare
+coast = make_coast(False)
+plain_coast = make_coast(True)
+
+
+@bare_entry
 def simulate(policy, memory, model, load, work, cache, record, time_limit, warmup, stop, own_rule, own_duration):
     """Run one scenario. Results stay in `work`; returns the status.
 
@@ -983,10 +994,14 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     waiting, heap, coming, ended = work.waiting, work.heap, work.coming, work.ended
     joined, joined_at, starving = work.joined, work.joined_at, work.starving
     recorded_times, recorded_counts = record.times, record.counts
-    nodes, node_of, owned = cache.nodes, cache.node_of, cache.owned
     blocks, block_size, shift, caching = memory.blocks, memory.block_size, memory.shift, memory.caching
     grows = policy.hold != RESERVED
     room_for = recorded_times.shape[1]
+    is_formula = model.code == LINEAR or model.code == POLYNOMIAL
+    is_plain = is_formula and not caching and room_for == 0
+    formula = Formula(
+        model.code, model.a, model.b, model.c, model.d, model.e, model.f, model.g, model.per_step, model.kv_tokens
+    )
 
     gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
     counts[:] = 0
@@ -999,9 +1014,9 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     counts[FREE] = blocks
     own[STATE, : prompt.size] = UNSEEN
     if caching:
-        kv.reset(counts, nodes, node_of, blocks)
-        owned[kv.RUN_NODE] = -1
-        owned[kv.NAMED] = 0
+        kv.reset(counts, cache.nodes, cache.node_of, blocks)
+        cache.owned[kv.RUN_NODE] = -1
+        cache.owned[kv.NAMED] = 0
 
     t = 0.0
     arrivals = 0
@@ -1100,11 +1115,17 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 if status != DONE or chunks + decodes > 0:
                     break
                 if can_coast(counts, sums, policy, t):
-                    steps = coast(
-                        counts, sums, first, residues, gaps, recorded_times, recorded_counts, nodes, node_of, owned, memory, model,
-                        own_duration, t, due, time_limit if measuring else min(time_limit, warmup),
-                        all_steps, watch,
-                    )  # fmt: skip
+                    horizon = time_limit if measuring else min(time_limit, warmup)
+                    if is_plain:
+                        steps = plain_coast(
+                            counts, sums, first, residues, gaps, blocks, block_size, shift, formula, t, due, horizon, all_steps,
+                            watch, None, None, None, None,
+                        )  # fmt: skip
+                    else:
+                        steps = coast(
+                            counts, sums, first, residues, gaps, blocks, block_size, shift, model, t, due, horizon, all_steps,
+                            watch, memory, cache, record, own_duration,
+                        )  # fmt: skip
                     if steps > 0:
                         t = sums[NOW]
                         all_steps += steps

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from vecsim.kernel import kv
 from vecsim.kernel import token as loop
 from vecsim.kernel.jit import bare, entry, inner, unsigned
 from vecsim.kernel.quantiles import weighted_quantiles
@@ -329,9 +328,9 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
         class_ = int(load.classes[r]) if load.classes.size > 0 else 0
         at = first_class + class_
         if not (
-            first > classes[at, TTFT_LIMIT]
-            or mean_gap > classes[at, TPOT_LIMIT]
-            or value > classes[at, E2E_LIMIT]
+            first > classes[TTFT_LIMIT, at]
+            or mean_gap > classes[TPOT_LIMIT, at]
+            or value > classes[E2E_LIMIT, at]
             or own[loop.LATE, r] < 0
         ):
             good += 1
@@ -399,9 +398,13 @@ SCALARS = 22
 ENDLESS_BLOCKS = 2**31 - 1
 
 
-@inner
-def run_rows(own_rule, own_duration, first, last, job):
-    """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one."""
+@entry
+def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
+    """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one.
+
+    The step loop is called by its address, and so are the user's own rule of a batcher and step time where a scenario
+    has them: compiled into this, the loop would be optimised again as a part of it, which takes as long as compiling it.
+    """
     scratch, work, streams = job.scratch, job.work, job.streams
     n = 0
     status = DONE
@@ -430,8 +433,8 @@ def run_rows(own_rule, own_duration, first, last, job):
             scratch.classes[:has_classes],
             scratch.follower[:has_sessions],
             scratch.think[:has_sessions],
-            streams.classes[first_class : first_class + number, URGENCY],
-            streams.classes[first_class : first_class + number, TTFT_LIMIT],
+            streams.classes[URGENCY, first_class : first_class + number],
+            streams.classes[TTFT_LIMIT, first_class : first_class + number],
             static,
             int(p[ARRIVALS]) == CLOSED,
             p[THINK],
@@ -456,7 +459,7 @@ def run_rows(own_rule, own_duration, first, last, job):
             scratch.shared[: n if with_ids > 0 else 0],
             scratch.own_start,
         )
-        status = loop.simulate(
+        status = step_loop(
             policy, memory, model_of(p, streams), load, work, cache, job.record, job.time_limit, job.warmup, job.stop,
             own_rule, own_duration,
         )  # fmt: skip
@@ -468,15 +471,3 @@ def run_rows(own_rule, own_duration, first, last, job):
         job.enqueued[row] = work.counts[loop.ENQUEUED]
         tally(p, policy, memory, load, work, scratch, streams.classes, job.warmup, n, job.quantiles, job.metrics[row])
     return status, n
-
-
-@entry
-def run_token_scenarios(own_rule, own_duration, first, last, job):
-    """Run the scenarios [first, last) of a `TokenJob`.
-
-    The user's own rule of a batcher and step time are called by their addresses, where a scenario has them.
-    """
-    return run_rows(own_rule, own_duration, first, last, job)
-
-
-ROWS_OF_NODES, ROWS_OWNED = kv.NODE_ROWS, kv.OWNED_ROWS
