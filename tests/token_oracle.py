@@ -27,6 +27,7 @@ class Request:
     blocks: list[int] = field(init=False, default_factory=list)
     hits: list[int] = field(init=False, default_factory=list)  # cached blocks found at each admission
     enqueued_at: float | None = field(init=False, default=None)
+    preempted: int = field(init=False, default=0)
     dropped: bool = field(init=False, default=False)
     admitted_at: list[float] = field(init=False, default_factory=list)  # once more after each preemption
     token_at: list[float] = field(init=False, default_factory=list)  # the ends of the steps
@@ -268,6 +269,7 @@ class Engine:
         self.running.remove(victim)
         self.pool.release(victim.blocks)
         victim.computed, victim.blocks = 0, []
+        victim.preempted += 1
         self.preemptions += 1
         self.queue_up(victim, front=self.batcher.preempted_to_front)
 
