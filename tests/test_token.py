@@ -240,9 +240,7 @@ def check_against(run, result, arguments):
             np.testing.assert_allclose(found.values[1:-1], quantiles, rtol=1e-12)
     end = float(metrics.end_time)
     busy = sum((step.end - step.begin) * len(step.chosen) for step in result.steps)
-    good = [
-        request for request in done if request.seen_at[0] - request.arrived_at <= request.ttft_limit
-    ]
+    good = [request for request in done if request.seen_at[0] - request.arrived_at <= request.ttft_limit]
     tokens = sum(request.generated for request in served)
     used = sum((step.end - step.begin) * step.used for step in result.steps)
     computed = sum(one.tokens for step in result.steps for one in step.chosen)
@@ -262,7 +260,10 @@ def check_against(run, result, arguments):
         ("request_throughput", len(done) / end if end else np.nan),
         ("token_throughput", tokens / end if end else np.nan),
         ("goodput", len(good) / end if end else np.nan),
-        ("slo_attainment", len(good) / (len(done) + len(came) - len(served)) if len(done) + len(came) > len(served) else np.nan),
+        (
+            "slo_attainment",
+            len(good) / (len(done) + len(came) - len(served)) if len(done) + len(came) > len(served) else np.nan,
+        ),
         ("kv_use", used / arguments["blocks"] / end if end else np.nan),
         ("kv_peak", max((step.used for step in result.steps), default=0) / arguments["blocks"]),
         ("prefix_hit_rate", hit / known if known else np.nan),
@@ -363,9 +364,9 @@ def test_conversations_find_what_was_said_before(kind, seed, turns, prefix):
 def prefix_groups(load, sessions):
     """The group of each conversation's shared text: seen from which first turns find one another's."""
     from vecsim.kernel.scenarios import draw_lengths
-    from vecsim.load import GROUP
     from vecsim.kernel.state import LengthParameters, Streams
     from vecsim.lengths import DRAWS
+    from vecsim.load import GROUP
     from vecsim.scenarios import _seed_for
 
     stream = load.streams()[GROUP]

@@ -49,6 +49,7 @@ from vecsim.sweep import sweep
 __version__ = "0.1.0"
 
 __all__ = [
+    "SLO",
     "BatchLoadGenerator",
     "Batcher",
     "ChunkedPrefillBatcher",
@@ -78,7 +79,6 @@ __all__ = [
     "RequestRateLoadGenerator",
     "Run",
     "SGLangBatcher",
-    "SLO",
     "Sessions",
     "SharedPrefix",
     "StaticBatcher",

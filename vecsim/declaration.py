@@ -177,7 +177,9 @@ LONGEST_LIST = 1000
 NOT_WRITTEN = "array, not written:"
 
 
-def check_array(name: str, value: Any, kind: type, dims: int = 1, low: float = -math.inf, high: float = math.inf) -> Values:
+def check_array(
+    name: str, value: Any, kind: type, dims: int = 1, low: float = -math.inf, high: float = math.inf
+) -> Values:
     """Numbers as `Values`: all finite, whole where `kind` is int, and in their range.
 
     Raises

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 from vecsim.declaration import Declaration, Range
 
+# Blocks of a memory without end
+ENDLESS = 2**31 - 1
+
 Share = Annotated[float, Range(0, 1)]
 
 
@@ -31,7 +34,7 @@ class KVCache(Declaration, frozen=True, kw_only=True):
         When a field is out of its range.
     """
 
-    blocks: Annotated[int, Range(1, 2**31 - 1)] | None = None
+    blocks: Annotated[int, Range(1, 2**30)] | None = None
     block_size: Annotated[int, Range(1, 2**16)] = 16
     prefix_caching: bool = False
     watermark: Share = 0.0
@@ -39,7 +42,7 @@ class KVCache(Declaration, frozen=True, kw_only=True):
 
     def kernel(self) -> dict[str, Any]:
         """Fields of `vecsim.kernel.state.Memory` by name."""
-        blocks = 2**40 if self.blocks is None else self.blocks
+        blocks = ENDLESS if self.blocks is None else self.blocks
         shift = int(math.log2(self.block_size))
         return {
             "blocks": blocks,

@@ -136,6 +136,7 @@ class Sessions(Declaration, frozen=True, kw_only=True):
     turns: AnyDistribution | Number = 4
     think_time: Time = 0.0
 
+
 UP = 0.6 * 2.0**-52
 
 
@@ -621,7 +622,9 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
             if not self.classes:
                 put(self, "classes", tuple(RequestClass(name=str(name)) for name in sorted(there)))
             elif missing := there - declared:
-                raise ValueError(f"classes must have all class_names of the trace: {', '.join(sorted(missing))} missing")
+                raise ValueError(
+                    f"classes must have all class_names of the trace: {', '.join(sorted(missing))} missing"
+                )
 
     def _check_blocks(self) -> None:
         """Ids of blocks, flat and numbered from 0."""
@@ -708,7 +711,7 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
 
 def read_trace(
     path: "str | Path",
-    format: str = "csv",  # noqa: A002
+    format: str = "csv",
     *,
     on_error: Literal["raise", "skip"] = "raise",
     **fields: Any,

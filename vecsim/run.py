@@ -159,7 +159,10 @@ class Run:
             ("Requests/s", f"{float(metrics.request_throughput):.3f}"),
             ("Output tokens/s", f"{float(metrics.token_throughput):,.1f}"),
             ("Goodput [requests/s]", f"{float(metrics.goodput):.3f} (SLO attainment {share('slo_attainment')})"),
-            ("Completed requests", f"{int(metrics.completed)} of {int(metrics.arrived)}, {int(metrics.dropped)} refused"),
+            (
+                "Completed requests",
+                f"{int(metrics.completed)} of {int(metrics.arrived)}, {int(metrics.dropped)} refused",
+            ),
             ("Final queue", f"{int(metrics.final_queue)} (largest {int(metrics.max_queue)})"),
             ("Slot utilization", share("utilization")),
             ("Batch size", f"{float(metrics.batch_size):.1f} requests, {float(metrics.step_tokens):.1f} tokens a step"),

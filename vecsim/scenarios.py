@@ -21,7 +21,14 @@ from vecsim.kernel.state import (
 )
 from vecsim.lengths import DRAWS, SEQUENCE
 from vecsim.load import AT_ONCE, CLOSED, EVENLY, OUTPUT, PIECEWISE, RENEWAL, TRACED, Stream
-from vecsim.token_scenarios import TOKEN_COLUMNS, TokenTables, check_columns, refuse_endless, token_parameters, token_requests_needed
+from vecsim.token_scenarios import (
+    TOKEN_COLUMNS,
+    TokenTables,
+    check_columns,
+    refuse_endless,
+    token_parameters,
+    token_requests_needed,
+)
 
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
 COLUMNS = {
@@ -328,7 +335,9 @@ def blocks(table: Table, rows: Array, more: float = 1.0) -> Iterator[Block]:
             columns = {name: table.at(name, rows[part]) for name in Scenarios._fields[:-2]}
             scenarios: Any = Scenarios(**columns, arrival_stream=arrival_number, length_stream=length_number[:, 0])
         else:
-            scenarios = np.stack([table.at(name, rows[part]) for name in TokenTables.fields()], axis=1).astype(np.float64)
+            scenarios = np.stack([table.at(name, rows[part]) for name in TokenTables.fields()], axis=1).astype(
+                np.float64
+            )
         # Sized by this block's own scenarios: a stream is never longer than what a thread has room for.
         yield Block(
             rows[part],

@@ -19,7 +19,6 @@ from vecsim.kernel.state import (
     Record,
     Scratch,
     StepRecord,
-    Streams,
     TokenRecord,
 )
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed
@@ -46,14 +45,18 @@ class Results(NamedTuple):
     def empty(cls, token: bool, scenarios: int, metrics: int, instants: int = 0, requests: int = 0) -> "Results":
         """Room for results; nothing has happened yet to any request."""
         shape = scenarios, requests
-        record: Any = TokenRecord.empty(shape) if token else Record(
-            arrived_at=np.full(shape, np.nan),
-            enqueued_at=np.full(shape, np.nan),
-            started_at=np.full(shape, np.nan),
-            first_token_at=np.full(shape, np.nan),
-            completed_at=np.full(shape, np.nan),
-            output_tokens=np.zeros(shape, np.int64),
-            slot=np.full(shape, -1, np.int64),
+        record: Any = (
+            TokenRecord.empty(shape)
+            if token
+            else Record(
+                arrived_at=np.full(shape, np.nan),
+                enqueued_at=np.full(shape, np.nan),
+                started_at=np.full(shape, np.nan),
+                first_token_at=np.full(shape, np.nan),
+                completed_at=np.full(shape, np.nan),
+                output_tokens=np.zeros(shape, np.int64),
+                slot=np.full(shape, -1, np.int64),
+            )
         )
         queue = np.empty((scenarios, instants), np.int64)
         return cls(np.empty((scenarios, metrics)), np.empty(scenarios, np.int64), queue, record)

@@ -12,7 +12,7 @@ from vecsim.step_time import AXES, TableTerm
 TIME = "seconds"
 
 
-def read_terms(path: Path, format: str) -> tuple[tuple[TableTerm, ...], int]:  # noqa: A002
+def read_terms(path: Path, format: str) -> tuple[tuple[TableTerm, ...], int]:
     """The terms of a `TableStepTime`, and what prefill contexts are rounded up to.
 
     Raises
@@ -32,7 +32,9 @@ def _from_csv(path: Path) -> TableTerm:
     heads = [head.strip() for head in rows[0]] if rows else []
     axes = tuple(head for head in heads if head != TIME)
     if TIME not in heads or not 1 <= len(axes) <= 2:
-        raise ValueError(f"{path}: the header must have one or two axes and {TIME!r}, got {', '.join(heads) or 'nothing'}")
+        raise ValueError(
+            f"{path}: the header must have one or two axes and {TIME!r}, got {', '.join(heads) or 'nothing'}"
+        )
     for axis in axes:
         if axis not in AXES:
             raise ValueError(f"{path}: axis {axis!r} is none of {', '.join(AXES)}{suggestion(axis, AXES)}")
@@ -53,9 +55,7 @@ def _from_csv(path: Path) -> TableTerm:
     if whole != len(places):
         raise ValueError(f"{path}: a whole grid needs {whole} rows, got {len(places)}")
     values_there = np.array([places[place] for place in sorted(places)]).reshape([len(grid) for grid in grids])
-    return TableTerm(
-        axes=axes, grid=grids[0], other_grid=grids[1] if len(grids) > 1 else None, values=values_there
-    )
+    return TableTerm(axes=axes, grid=grids[0], other_grid=grids[1] if len(grids) > 1 else None, values=values_there)
 
 
 def _vidur(path: Path) -> tuple[tuple[TableTerm, ...], int]:

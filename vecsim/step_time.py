@@ -159,7 +159,11 @@ class TableTerm(Declaration, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= len(self.axes) <= 2 or any(axis not in AXES for axis in self.axes) or len(set(self.axes)) < len(self.axes):
+        if (
+            not 1 <= len(self.axes) <= 2
+            or any(axis not in AXES for axis in self.axes)
+            or len(set(self.axes)) < len(self.axes)
+        ):
             raise ValueError(f"axes must be one or two different ones of {', '.join(AXES)}, got {self.axes!r}")
         grid = check_array("grid", self.grid, float)
         sizes: tuple[int, ...] = (len(grid),)
@@ -309,4 +313,3 @@ def flat_tables(terms: tuple[TableTerm, ...]) -> tuple[Any, Any, Any]:
     if not rows:
         return np.empty((0, FIELDS)), np.empty(0), np.empty(0)
     return np.array(rows), np.concatenate(grids), np.concatenate(values)
-

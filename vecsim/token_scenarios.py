@@ -111,7 +111,11 @@ def token_parameters(
     load, batcher, step_time = engine.load_generator, engine.batcher, engine.step_time
     memory = (engine.kv_cache or KVCache()).kernel()
     streams = load.streams()
-    tables = shared.place(step_time, lambda: shared.put_tables(step_time)) if isinstance(step_time, TableStepTime) else (0, 0)
+    tables = (
+        shared.place(step_time, lambda: shared.put_tables(step_time))
+        if isinstance(step_time, TableStepTime)
+        else (0, 0)
+    )
     classes = shared.place(("classes", load.classes, engine.slo), lambda: shared.put_classes(load.classes, engine.slo))
     names = tuple(kind.name for kind in load.classes)
     if shared.class_names is None:
@@ -224,4 +228,3 @@ def refuse_endless(columns: dict[str, Array], time_limit: float) -> None:
     endless = (columns["arrivals"] == CLOSED) | (columns["requests"] >= ENDLESS_REQUESTS)
     if endless.any():
         raise ValueError("time_limit must be given where the load has no end (a number of `requests` ends it)")
-

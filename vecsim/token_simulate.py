@@ -101,7 +101,9 @@ def run_token_block(
             measured.quantiles, scratch, work, *cache, record, results.metrics, results.enqueued, status, workers.stop,
         )  # fmt: skip
 
-    kernels = {place: token_kernel(table.rules[place] if place >= 0 else (None, None), job()) for place in set(block.own)}
+    kernels = {
+        place: token_kernel(table.rules[place] if place >= 0 else (None, None), job()) for place in set(block.own)
+    }
 
     def run_some(first: int, last: int) -> tuple[int, int]:
         cuts = first + 1 + np.flatnonzero(np.diff(block.own[first:last]))
@@ -206,7 +208,8 @@ class Room:
                 if column["sessions"][row]:
                     turns = int(numbers.longest[block.stream[row, TURNS]])
                     tokens = sum(
-                        float(_stream(numbers, block.stream[row, kind]).sum(dtype=np.int64)) for kind in (PROMPT, OUTPUT)
+                        float(_stream(numbers, block.stream[row, kind]).sum(dtype=np.int64))
+                        for kind in (PROMPT, OUTPUT)
                     )
                     own = tokens / size + self.requests
                     own_ids += own
@@ -303,4 +306,3 @@ def check_token_memory(table: Table, results: float, threads: int, more: float =
         memory.require(
             total, f"{requests:.3g} requests in one scenario", "a shorter time_limit, a lower load or fewer threads"
         )
-

@@ -90,9 +90,7 @@ TICK_VARIABLES = (
 SECONDS = "s"
 
 TOKEN_VARIABLES = (
-    Variable(
-        "e2e", "end-to-end latency", SECONDS, "completion - arrived_at, of completed requests", over_stat=True
-    ),
+    Variable("e2e", "end-to-end latency", SECONDS, "completion - arrived_at, of completed requests", over_stat=True),
     Variable(
         "ttft",
         "time to first token",
@@ -173,7 +171,9 @@ TOKEN_REQUEST_VARIABLES = (
     Variable("completed_at", "completion", SECONDS, "when the completion was seen"),
     Variable("prompt_tokens", "prompt length", "tokens", "what was asked", whole=True),
     Variable("output_tokens", "output length", "tokens", "drawn or recorded length", whole=True),
-    Variable("hit_tokens", "cached prompt tokens", "tokens", "found in the prefix cache when first admitted", whole=True),
+    Variable(
+        "hit_tokens", "cached prompt tokens", "tokens", "found in the prefix cache when first admitted", whole=True
+    ),
     Variable("preempted", "preemptions", "preemptions", "times that it lost its blocks", whole=True),
     Variable("dropped", "refused", "1", "1 if it could never be served", whole=True),
     Variable("class_number", "class", "1", "place in the load's classes", whole=True),
@@ -205,6 +205,7 @@ def row_width(token: bool, quantiles: int, classes: int = 0) -> int:
     variables = metric_variables(token)
     stats = sum(variable.over_stat for variable in variables)
     return stats * (quantiles + 2) + len(variables) - stats + len(CLASS_VARIABLES) * classes
+
 
 REQUEST_VARIABLES = (
     Variable("arrived_at", "arrival", "ticks", "when the request was due"),

@@ -85,9 +85,7 @@ def from_tables(
         if concerned == 0:
             continue
         begin = int(terms[term, VALUES_AT])
-        x = aggregate(
-            axis, prefill_requests, prefill_tokens, squares, prefill_context, decode_requests, decode_context
-        )
+        x = aggregate(axis, prefill_requests, prefill_tokens, squares, prefill_context, decode_requests, decode_context)
         place, weight = look_up(terms, grids, term, 0, x)
         is_outside = weight < 0.0 or weight > 1.0
         if terms[term, AXIS + 1] < 0:
@@ -177,8 +175,24 @@ def duration(
     """Seconds that a step takes; `own` is a rule of the user's own."""
     if model.code == LINEAR or model.code == POLYNOMIAL:
         return by_formula(
-            model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
+            model,
+            prefill_requests,
+            prefill_tokens,
+            attention,
+            squares,
+            prefill_context,
+            decode_requests,
+            decode_context,
+            own,
         )
     return by_call(
-        model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
+        model,
+        prefill_requests,
+        prefill_tokens,
+        attention,
+        squares,
+        prefill_context,
+        decode_requests,
+        decode_context,
+        own,
     )

@@ -187,9 +187,7 @@ def claim(counters, nodes, node_of, owned, own, ids, shared, own_start, request,
 
 
 @bare
-def release(
-    counters, nodes, node_of, owned, own, ids, shared, own_start, request, held, full, returns, front
-):
+def release(counters, nodes, node_of, owned, own, ids, shared, own_start, request, held, full, returns, front):
     """Free a request's blocks, the deepest first. O(its blocks with given ids).
 
     Parameters

@@ -161,9 +161,7 @@ def find_victim(counts, own, stack, rule, urgency, classes, arrived_at, prompt_t
                 victim = other
         else:
             mine, least = generated(counts, own, other), generated(counts, own, victim)
-            if mine < least or (
-                mine == least and prompt_tokens[unsigned(other)] > prompt_tokens[unsigned(victim)]
-            ):
+            if mine < least or (mine == least and prompt_tokens[unsigned(other)] > prompt_tokens[unsigned(victim)]):
                 victim = other
     return victim
 
@@ -321,8 +319,6 @@ def preempt(
         waiting[unsigned(counts[QUEUE_HEAD] & (waiting.size - 1))] = request
 
 
-
-
 @bare
 def unschedule(counts, chunk_of, chunk_tokens, request):
     """Take a preempted request out of the step that is being formed; returns the tokens that it had been given."""
@@ -383,7 +379,9 @@ def room(counts, sums, policy):
 
 
 @inlined
-def asked_of_rule(own_rule, policy, memory, counts, prompt, caps, classes, request, rest, cached, since, started, sent, t):
+def asked_of_rule(
+    own_rule, policy, memory, counts, prompt, caps, classes, request, rest, cached, since, started, sent, t
+):
     """Tokens that a rule of the user's own has a request compute in this step; 0 to `rest`."""
     r = unsigned(request)
     class_ = np.int64(classes[r]) if classes.size > 0 else np.int64(0)
@@ -1078,7 +1076,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     prompt_tokens, output_tokens, cap = int(prompt[r]), int(output[r]), int(caps[r])
                     if (
                         prompt_tokens + output_tokens > policy.longest
-                        or blocks_for(reservation(policy, prompt_tokens, output_tokens, cap), block_size, shift) > blocks
+                        or blocks_for(reservation(policy, prompt_tokens, output_tokens, cap), block_size, shift)
+                        > blocks
                         or (not policy.chunked and prompt_tokens > policy.budget)
                     ):
                         own[STATE, r] = DROPPED_AT_ONCE
@@ -1087,7 +1086,15 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                             if counts[ISSUED] == prompt.size:
                                 status = OUT_OF_REQUESTS
                                 break
-                            issue(times, arrived_at, coming, counts[COMING], load, counts[ISSUED], t + max(load.think_time, 1.0))
+                            issue(
+                                times,
+                                arrived_at,
+                                coming,
+                                counts[COMING],
+                                load,
+                                counts[ISSUED],
+                                t + max(load.think_time, 1.0),
+                            )
                             counts[ISSUED] += 1
                             counts[COMING] += 1
                             dynamic_due = times[SINCE, unsigned(coming[0])]
@@ -1247,9 +1254,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     if grows:
                         residues[unsigned(own[RESIDUE, r])] -= 1
                     if policy.ratio > 0.0:
-                        open_room(
-                            counts, unclip, int(counts[STEP]), caps[r] - output[r], 0, policy.room_tokens, -1
-                        )
+                        open_room(counts, unclip, int(counts[STEP]), caps[r] - output[r], 0, policy.room_tokens, -1)
                     request = int(own[AFTER, r])
                 counts[ENDED] = number
                 # The calendar has the last admitted first.
@@ -1285,9 +1290,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     open_room(
                         counts, unclip, int(counts[STEP]), caps[r] - so_far, output[r] - so_far, policy.room_tokens, 1
                     )
-                begin_decode(
-                    counts, own, first, residues, memory, policy, request, int(prompt[r]), int(output[r])
-                )
+                begin_decode(counts, own, first, residues, memory, policy, request, int(prompt[r]), int(output[r]))
         if done > 0:
             kept = 0
             for i in range(counts[PREFILLING]):
@@ -1327,7 +1330,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     dynamic_due = times[SINCE, unsigned(coming[0])]
             if status != DONE:
                 break
-    if t < time_limit and time_limit < np.inf and status == DONE:
+    if t < time_limit < np.inf and status == DONE:
         t = time_limit
     sums[END_TIME] = t
     counts[ALL_STEPS] = all_steps

@@ -17,6 +17,7 @@ from vecsim.kernel.state import (
     TokenLoad,
 )
 from vecsim.kernel.tally import E2E, QUEUE_TIME, TPOT, TTFT, write_latencies
+from vecsim.kv_cache import ENDLESS as ENDLESS_BLOCKS
 from vecsim.load import AT_ONCE, CAP, CLASS, CLOSED, EVENLY, GROUP, OUTPUT, PIECEWISE, PROMPT, TURNS
 
 # What a scenario is told, number by number
@@ -395,7 +396,6 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
 
 
 SCALARS = 22
-ENDLESS_BLOCKS = 2**31 - 1
 
 
 @entry
