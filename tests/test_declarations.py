@@ -103,7 +103,8 @@ def test_numpy_scalars_become_plain_numbers():
         (lambda: sim.BatchLoadGenerator(output_tokens=0), "output_tokens must be >= 1, got 0"),
         (
             lambda: sim.BatchLoadGenerator(output_tokens="x"),
-            "output_tokens must be a whole number or one of Constant, Normal, Uniform, LogNormal, Empirical, Zipf, got 'x'",
+            "output_tokens must be a whole number or one of Constant, Normal, Uniform, LogNormal, Empirical, Zipf, "
+            "got 'x'",
         ),
         (
             lambda: sim.Engine(load_generator=LOAD, max_batch_size=0),

@@ -1,7 +1,11 @@
-"""The token model, event for event against its literal oracle: every batcher, order, clock and cache on random scenarios."""
+"""The token model, event for event against its literal oracle.
+
+Every batcher, order, clock and cache on random scenarios.
+"""
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 import token_oracle as oracle
@@ -87,7 +91,8 @@ def a_batcher(rng, kind, slots, block_size, common):
 
 
 KINDS = (
-    "token budget", "chunked", "in-flight", "one prefill", "static", "prefill first", "no evict", "max utilization", "sglang",
+    "token budget", "chunked", "in-flight", "one prefill", "static", "prefill first", "no evict", "max utilization",
+    "sglang",
 )  # fmt: skip
 
 
@@ -200,7 +205,7 @@ def check_against(run, result, arguments):
     ours = run.requests
     for name, literal in (
         ("arrived_at", [request.arrived_at for request in came]),
-        ("dropped", [request.dropped for request in came]),
+        ("refused", [request.dropped for request in came]),
         ("started_at", column(request.admitted_at[0] if request.admitted_at else None for request in came)),
         ("first_token_at", column(request.seen_at[0] if request.seen_at else None for request in came)),
         ("completed_at", column(request.completed_at for request in came)),
@@ -276,7 +281,7 @@ def check_against(run, result, arguments):
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32))
+@given(seed=st.integers(0, 2**32 - 1))
 def test_every_event_is_that_of_the_oracle(kind, seed):
     engine, limit, requests, arguments = a_scenario(seed, kind)
     check_against(engine.run(limit), oracle.simulate(requests, **arguments), arguments)
@@ -284,7 +289,10 @@ def test_every_event_is_that_of_the_oracle(kind, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32), users=st.integers(1, 9), think=st.sampled_from([0.0, 7.0])
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**32 - 1),
+    users=st.integers(1, 9),
+    think=st.sampled_from([0.0, 7.0]),
 )
 def test_a_closed_loop_sends_the_next_request_when_one_is_answered(kind, seed, users, think):
     engine, _, _, arguments = a_scenario(seed, kind)
@@ -296,7 +304,6 @@ def test_a_closed_loop_sends_the_next_request_when_one_is_answered(kind, seed, u
         output_tokens=sim.Uniform(low=1, high=20),
         seed=seed,
     )
-    import msgspec
 
     batcher = msgspec.structs.replace(engine.batcher, order="fcfs")
     engine = msgspec.structs.replace(engine, load_generator=load, batcher=batcher)
@@ -315,7 +322,10 @@ def test_a_closed_loop_sends_the_next_request_when_one_is_answered(kind, seed, u
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32), turns=st.integers(1, 4), prefix=st.sampled_from([0, 9, 16])
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**32 - 1),
+    turns=st.integers(1, 4),
+    prefix=st.sampled_from([0, 9, 16]),
 )
 def test_conversations_find_what_was_said_before(kind, seed, turns, prefix):
     engine, _, _, arguments = a_scenario(seed, kind)
@@ -330,7 +340,6 @@ def test_conversations_find_what_was_said_before(kind, seed, turns, prefix):
         sessions=sim.Sessions(turns=turns, think_time=3.0),
         seed=seed,
     )
-    import msgspec
 
     batcher = msgspec.structs.replace(engine.batcher, order="fcfs")
     endless = msgspec.structs.replace(
@@ -372,9 +381,48 @@ def prefix_groups(load, sessions):
     stream = load.streams()[GROUP]
     one = {
         "code": stream.code, "a": stream.a, "b": stream.b, "table_start": 0, "table_size": len(stream.table),
-        "draws": DRAWS[stream.code], "seed": int(_seed_for(np.array([load.seed]), np.array([stream.purpose]))[0]), "offset": 0,
+        "draws": DRAWS[stream.code], "seed": int(_seed_for(np.array([load.seed]), np.array([stream.purpose]))[0]),
+        "offset": 0,
     }  # fmt: skip
     drawn = Streams(np.zeros(1, np.int64), np.array([sessions]), np.zeros(1, np.int64), np.empty(sessions, np.int32))
     parameters = LengthParameters(**{name: np.array([value]) for name, value in one.items()})
     draw_lengths(0, 1, parameters, np.array(stream.table, np.int64), drawn, np.zeros(1, np.uint8))
     return drawn.values.tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**32 - 1),
+    light=st.booleans(),
+    warmup=st.sampled_from([0.0, 20.0, 100.0]),
+)
+def test_a_sweep_gives_what_a_run_gives(kind, seed, light, warmup):
+    # Without a record of the steps, and where the engine isn't overloaded, the kernel goes other ways.
+    engine, limit, _, _ = a_scenario(seed, kind)
+    if light:
+        rng = random.Random(seed)
+        memory = sim.KVCache(blocks=rng.choice([8, 20, 400]), block_size=rng.choice([4, 5, 16]))
+        load = sim.PoissonLoadGenerator(
+            request_rate=rng.choice([0.01, 0.03, 0.1]),
+            requests=60,
+            prompt_tokens=sim.Uniform(low=1, high=20),
+            output_tokens=sim.Uniform(low=1, high=rng.choice([2, 20])),
+            seed=seed,
+        )
+        batcher = msgspec.structs.replace(engine.batcher, order="fcfs", async_scheduling=rng.random() < 0.2)
+        if getattr(batcher, "reserve_tokens", None):
+            batcher = msgspec.structs.replace(batcher, reserve_tokens=30)
+        engine = msgspec.structs.replace(engine, load_generator=load, batcher=batcher, kv_cache=memory)
+    if limit is not None and warmup >= limit:
+        warmup = 0.0
+    run = engine.run(limit, warmup=warmup)
+    swept = sim.sweep(engine, limit, warmup=warmup, keep="requests", progress=False)
+    for name, ours in run.metrics.data_vars.items():
+        theirs = swept[name]
+        if ours.dtype.kind == "i":
+            np.testing.assert_array_equal(ours, theirs, err_msg=str(name))
+        else:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9, err_msg=str(name))
+    for name, ours in run.requests.data_vars.items():
+        np.testing.assert_array_equal(ours, swept[name], err_msg=str(name))

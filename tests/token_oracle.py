@@ -220,6 +220,8 @@ class Engine:
             return False
         self.waiting.remove(request)
         self.running.append(request)
+        if request.preempted:
+            self.forget_own(request, len(found))
         request.admitted_at.append(self.now)
         request.hits.append(len(found))
         for block in found:
@@ -227,6 +229,12 @@ class Engine:
         request.computed = len(found) * self.block_size
         request.blocks = found + [self.pool.take() for _ in range(hold - len(found))]
         return True
+
+    def forget_own(self, request: Request, found: int) -> None:
+        """What a resumed request has of its own and doesn't find can't be found any more: it is computed anew."""
+        for i in range(max(found, len(request.ids)), request.known // self.block_size + 1):
+            if (block := self.pool.block_of.get(request.block_id(i))) is not None:
+                self.pool.forget(block)
 
     def compute(self, request: Request, tokens: int) -> None:
         """In this step, with the blocks that it takes; those that it fills can be found at once."""

@@ -66,7 +66,7 @@ class Axis(NamedTuple):
 class Plan(NamedTuple):
     """What a sweep varies: the declaration with every scalar pinned, the axes, the size of each dimension."""
 
-    engine: Declaration
+    engine: Any  # an `Engine`
     axes: tuple[Axis, ...]  # those of scalars have no dimension
     sizes: dict[str, int]
     coords: dict[str, Any]  # coordinates that zipped DataArrays brought along

@@ -30,13 +30,13 @@ class Batcher(Declaration, frozen=True, kw_only=True, tag_field="type"):
     Parameters
     ----------
     order : str
-        Token model. In which order requests leave the queue: "fcfs" (first come, first served), "shortest_prompt", "priority"
-        (of their class), "deadline" (arrival + the TTFT limit of their class), or "shortest_output" (an oracle, for no
-        engine knows it). Nobody overtakes the first. A preempted request goes to the front in "fcfs", else by its rank; under
-        "priority" the least urgent, latest one is preempted.
+        Token model. In which order requests leave the queue: "fcfs" (first come, first served), "shortest_prompt",
+        "priority" (of their class), "deadline" (arrival + the TTFT limit of their class), or "shortest_output" (an
+        oracle, for no engine knows it). Nobody overtakes the first. A preempted request goes to the front in "fcfs",
+        else by its rank; under "priority" the least urgent, latest one is preempted.
     async_scheduling : bool
-        Token model. The next step's batch is formed when a step starts: who arrives during step n joins step n + 2, and what
-        step n frees is usable from step n + 2.
+        Token model. The next step's batch is formed when a step starts: who arrives during step n joins step n + 2, and
+        what step n frees is usable from step n + 2.
     """
 
     order: Order = "fcfs"
@@ -259,11 +259,11 @@ class MaxUtilizationBatcher(Batcher, frozen=True, kw_only=True, tag=True):
 class SGLangBatcher(Batcher, frozen=True, kw_only=True, tag=True):
     """Prefill first, admitting by an estimate of what the running requests will still need (SGLang).
 
-    A waiting request is admitted if its uncached prompt, min(max_tokens, `max_new_tokens`) and a block fit into the free
-    memory less the sum over the running ones of min(remaining max_tokens, `max_new_tokens`) x a ratio. Each decode step the
-    ratio falls, from `init_new_token_ratio` to `min_new_token_ratio_factor` of it in `decay_steps` steps. Out of memory, the
-    request with the fewest output tokens goes back to the end of the queue (ties: the longest prompt), and the ratio
-    becomes (tokens so far + 20 x running) / sum of their min(max_tokens, `max_new_tokens`), at most 1.
+    A waiting request is admitted if its uncached prompt, min(max_tokens, `max_new_tokens`) and a block fit into the
+    free memory less the sum over the running ones of min(remaining max_tokens, `max_new_tokens`) x a ratio. Each decode
+    step the ratio falls, from `init_new_token_ratio` to `min_new_token_ratio_factor` of it in `decay_steps` steps. Out
+    of memory, the request with the fewest output tokens goes back to the end of the queue (ties: the longest prompt),
+    and the ratio becomes (tokens so far + 20 x running) / sum of their min(max_tokens, `max_new_tokens`), at most 1.
 
     Parameters
     ----------
@@ -301,18 +301,19 @@ class CustomBatcher(Batcher, frozen=True, kw_only=True, tag=True):
     Parameters
     ----------
     rule : function
-        Compiled with `numba.njit`. Text of the form "module:name" names one to be imported; so it is written in TOML. It
-        must depend on the batch alone.
+        Compiled with `numba.njit`. Text of the form "module:name" names one to be imported; so it is written in TOML.
+        It must depend on the batch alone.
 
-        In the tick model it gets the batch at each boundary where a request is queued (see `vecsim.kernel.state.Batch`) and
-        returns how many to admit from the head of the queue: 0 to `batch.free`, more than are queued meaning all of them.
-        Where no slot is free its answer has no meaning.
+        In the tick model it gets the batch at each boundary where a request is queued (see `vecsim.kernel.state.Batch`)
+        and returns how many to admit from the head of the queue: 0 to `batch.free`, more than are queued meaning all of
+        them. Where no slot is free its answer has no meaning.
 
         In the token model it is asked at each boundary for each request that could compute prompt tokens (see
-        `vecsim.kernel.state.TokenBatch`): those in prefill, then the head of the queue if a slot is free, then the next one. It
-        returns how many tokens to compute in this step. More than there are mean all of them; 0 leaves a request in
-        prefill alone, and one in the queue unadmitted, with all behind it. Decodes are never left out, and blocks are
-        taken and preempted as in `TokenBudgetBatcher`. An idle engine asks again when the next request arrives.
+        `vecsim.kernel.state.TokenBatch`): those in prefill, then the head of the queue if a slot is free, then the next
+        one. It returns how many tokens to compute in this step. More than there are mean all of them; 0 leaves a
+        request in prefill alone, and one in the queue unadmitted, with all behind it. Decodes are never left out, and
+        blocks are taken and preempted as in `TokenBudgetBatcher`. An idle engine asks again when the next request
+        arrives.
     parameter : float
         What the rule reads as `batch.parameter`.
 

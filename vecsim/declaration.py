@@ -286,7 +286,8 @@ def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) 
             if value in get_args(kind):
                 return value
             raise ValueError(
-                f"{name} must be one of {', '.join(get_args(kind))}, got {shown(value)}{suggestion(str(value), get_args(kind))}"
+                f"{name} must be one of {', '.join(get_args(kind))}, got {shown(value)}"
+                f"{suggestion(str(value), get_args(kind))}"
             )
     if bool in kinds:
         if isinstance(value, bool):

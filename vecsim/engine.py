@@ -89,11 +89,15 @@ class Engine(Declaration, frozen=True, kw_only=True):
             reserve = getattr(self.batcher, "reserve_tokens", None)
             if reserve is not None and reserve > capacity:
                 raise ValueError(f"reserve_tokens must be <= the KV memory of {capacity} tokens, got {reserve}")
-        if isinstance(load, TraceLoadGenerator) and load.block_ids is not None and memory.prefix_caching:
-            if (load.id_block_tokens or 1) % memory.block_size:
-                raise ValueError(
-                    f"block_size must divide id_block_tokens ({load.id_block_tokens}) of the trace, got {memory.block_size}"
-                )
+        if (
+            isinstance(load, TraceLoadGenerator)
+            and load.block_ids is not None
+            and memory.prefix_caching
+            and (load.id_block_tokens or 1) % memory.block_size
+        ):
+            raise ValueError(
+                f"block_size must divide id_block_tokens ({load.id_block_tokens}) of the trace, got {memory.block_size}"
+            )
 
     @property
     def is_token(self) -> bool:
@@ -108,8 +112,8 @@ class Engine(Declaration, frozen=True, kw_only=True):
         Parameters
         ----------
         time_limit : float, optional
-            The run ends at the first boundary at or after it [ticks, or seconds in the token model]. In the token model a
-            finite load can do without: the run ends when all is served.
+            The run ends at the first boundary at or after it [ticks, or seconds in the token model]. In the token model
+            a finite load can do without: the run ends when all is served.
         warmup : float
             Requests that arrive and steps that begin before it are simulated, not measured [ticks or seconds].
         quantiles : sequence of float, optional

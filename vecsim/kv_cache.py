@@ -21,8 +21,8 @@ class KVCache(Declaration, frozen=True, kw_only=True):
     block_size : int
         Tokens of a block.
     prefix_caching : bool
-        Whether full blocks stay to be found by requests that begin with the same tokens, until they're needed: the least
-        recently used go first, the deepest of a request before those above it.
+        Whether full blocks stay to be found by requests that begin with the same tokens, until they're needed: the
+        least recently used go first, the deepest of a request before those above it.
     watermark : float
         Share of the blocks that stays free when a request is admitted while anything runs.
     uncached_first : bool

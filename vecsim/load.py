@@ -150,8 +150,8 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
     prompt_tokens : int or distribution, optional
         Token model. Prompt length [tokens].
     max_tokens : int or distribution, optional
-        Token model. The client's cap on the output, which batchers may know and outputs keep to; the output's own length
-        unless given.
+        Token model. The client's cap on the output, which batchers may know and outputs keep to; the output's own
+        length unless given.
     joint : bool
         Token model. Draw rows of two `Empirical` lengths of prompt and output together.
     classes : sequence of RequestClass
@@ -653,8 +653,8 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
         if len(self.block_counts) == len(blocks) and (self.block_counts.array > blocks).any():
             at = int((self.block_counts.array > blocks).argmax())
             raise ValueError(
-                f"block_ids must be at most {int(blocks[at])} for the {int(self.prompt_tokens.array[at])} prompt tokens of request "
-                f"{at}, got {int(self.block_counts.array[at])}"
+                f"block_ids must be at most {int(blocks[at])} for the {int(self.prompt_tokens.array[at])} prompt "
+                f"tokens of request {at}, got {int(self.block_counts.array[at])}"
             )
 
     def _read(self) -> None:
@@ -763,7 +763,7 @@ def arrival_time(code, request_rate, i, unit):
     """
     if code == AT_ONCE:
         return 0.0
-    if code == RENEWAL or code == TRACED:
+    if code in (RENEWAL, TRACED):
         return unit / request_rate
     gap = 1.0 / request_rate
     count = i + 1.0

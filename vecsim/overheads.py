@@ -13,8 +13,8 @@ class Overheads(Declaration, frozen=True, kw_only=True):
     per_step : float
         For each step, beside its `step_time`.
     per_output_token : float
-        For each output token (detokenising, streaming): the i-th is seen i times this after the end of its step. The engine
-        isn't slowed.
+        For each output token (detokenising, streaming): the i-th is seen i times this after the end of its step. The
+        engine isn't slowed.
     at_completion : float
         From the last token until the completion is seen.
     """

@@ -36,9 +36,9 @@ class Run:
     steps : xarray.Dataset
         Over `step`: `time`, `duration` [ticks], `queue_size`, `prefilling`, `decoding` [requests].
 
-    In the token model times are seconds, latencies count from `arrived_at`, requests have `prompt_tokens`, `hit_tokens`,
-    `preempted`, `dropped` and `class_number` instead of `enqueued_at` and `slot`, and steps `prefill_tokens`,
-    `kv_blocks` and `running` too.
+    In the token model times are seconds, latencies count from `arrived_at`, requests have `prompt_tokens`,
+    `hit_tokens`, `preempted`, `refused` and `class_number` instead of `enqueued_at` and `slot`, and steps
+    `prefill_tokens`, `kv_blocks` and `running` too.
     """
 
     def __init__(
@@ -126,7 +126,10 @@ class Run:
         return variables, steps
 
     def plot(self, *, interactive: bool = False) -> Any:
-        """Draw the run over time: slots (batch and KV memory in the token model), queue, latencies; see `vecsim.plot.run`."""
+        """Draw the run over time; see `vecsim.plot.run`.
+
+        Slots (batch and KV memory in the token model), queue, latencies.
+        """
         from vecsim import plot
 
         return plot.run(self, interactive=interactive)

@@ -96,7 +96,8 @@ class LinearStepTime(StepTime, frozen=True, kw_only=True, tag=True):
         decode = self.per_decode_request + self.per_context_token
         if not (self.base + self.per_request > 0 or (prefill > 0 and decode > 0)):
             raise ValueError(
-                "every step must take time: base or per_request must be > 0, or a coefficient of prefills and one of decodes"
+                "every step must take time: base or per_request must be > 0, "
+                "or a coefficient of prefills and one of decodes"
             )
 
     def coefficients(self) -> tuple[float, ...]:
@@ -106,9 +107,10 @@ class LinearStepTime(StepTime, frozen=True, kw_only=True, tag=True):
 class PolynomialStepTime(StepTime, frozen=True, kw_only=True, tag=True):
     """Quadratic in the prompt tokens, quadratic in the share of KV memory in use.
 
-    prefill = prefill_square x n^2 + prefill_linear x n + prefill_base (0 if nothing prefills), where n = k x floor(prompt
-    tokens / k) over the step's k chunks; decode = max(least, decode_square x u^2 + decode_linear x u + decode_base) if
-    any request decodes, where u = min(1, their context tokens / KV capacity in tokens). A step takes the sum [s].
+    prefill = prefill_square x n^2 + prefill_linear x n + prefill_base (0 if nothing prefills), where n = k x
+    floor(prompt tokens / k) over the step's k chunks; decode = max(least, decode_square x u^2 + decode_linear x u +
+    decode_base) if any request decodes, where u = min(1, their context tokens / KV capacity in tokens). A step takes
+    the sum [s].
 
     Notes
     -----
@@ -199,8 +201,8 @@ class TableStepTime(StepTime, frozen=True, kw_only=True, tag=True):
     context_step : int
         What `prefill_context` is rounded up to for each request [tokens].
     file, format : str, optional
-        Read the terms from a file instead. "vidur": the `step_tables_ms_per_layer.npz` of a run of Vidur's. "csv": one or
-        two columns named as axes and a column `seconds`, a row for each place of the grid.
+        Read the terms from a file instead. "vidur": the `step_tables_ms_per_layer.npz` of a run of Vidur's. "csv": one
+        or two columns named as axes and a column `seconds`, a row for each place of the grid.
 
     Raises
     ------
@@ -236,8 +238,8 @@ class CustomStepTime(StepTime, frozen=True, kw_only=True, tag=True):
     Parameters
     ----------
     rule : function
-        Compiled with `numba.njit`. Gets what a step does (see `vecsim.kernel.state.StepBatch`) and returns how long it takes
-        [s], > 0. Text of the form "module:name" names one to be imported; so it is written in TOML.
+        Compiled with `numba.njit`. Gets what a step does (see `vecsim.kernel.state.StepBatch`) and returns how long it
+        takes [s], > 0. Text of the form "module:name" names one to be imported; so it is written in TOML.
     parameter : float
         What the rule reads as `batch.parameter`.
 
@@ -274,7 +276,10 @@ AnyStepTime = TickStepTime | LinearStepTime | PolynomialStepTime | TableStepTime
 
 
 def kernel_of(step_time: StepTime, kv_tokens: int, per_step: float) -> dict[str, Any]:
-    """What a step time is in the kernel: fields of `vecsim.kernel.state.StepModel` by name, without a table's arrays."""
+    """What a step time is in the kernel, without a table's arrays.
+
+    Fields of `vecsim.kernel.state.StepModel` by name.
+    """
     numbers = (*step_time.coefficients(), *[0.0] * 7)[:7]
     return {
         "code": step_time.code,

@@ -95,10 +95,11 @@ def run_token_block(
     def job() -> TokenJob:
         if not hasattr(own, "room"):
             own.room = room.make()
-        scratch, work, cache = own.room
+        scratch, work, (nodes, node_of, owned, cached) = own.room
         return TokenJob(
             block.scenarios, block.stream, block.arrival_stream, streams, table.time_limit, measured.warmup,
-            measured.quantiles, scratch, work, *cache, record, results.metrics, results.enqueued, status, workers.stop,
+            measured.quantiles, scratch, work, nodes, node_of, owned, cached, record, results.metrics,
+            results.enqueued, status, workers.stop,
         )  # fmt: skip
 
     kernels = {

@@ -175,7 +175,7 @@ TOKEN_REQUEST_VARIABLES = (
         "hit_tokens", "cached prompt tokens", "tokens", "found in the prefix cache when first admitted", whole=True
     ),
     Variable("preempted", "preemptions", "preemptions", "times that it lost its blocks", whole=True),
-    Variable("dropped", "refused", "1", "1 if it could never be served", whole=True),
+    Variable("refused", "refused", "1", "1 if it could never be served", whole=True),
     Variable("class_number", "class", "1", "place in the load's classes", whole=True),
 )
 

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 
-from vecsim.kernel.jit import bare, inlined, unsigned
+from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.state import StepBatch
 from vecsim.step_time import AXES, LINEAR, LOOKUPS, POLYNOMIAL, TABLE
 
-# Fields of a table's term, twice those of an axis: which (-1: none), how it is looked up, its places, where they begin in
-# `grids`, the first one, and the step between them (0: they aren't even); then where its values begin, and a factor for
-# more than one request
+# Fields of a table's term, twice those of an axis: which (-1: none), how it is looked up, its places, where they begin
+# in `grids`, the first one, and the step between them (0: they aren't even); then where its values begin, and a factor
+# for more than one request
 AXIS, LOOKUP, SIZE, GRID, FIRST, STEP = range(0, 12, 2)
 VALUES_AT, FACTOR, FIELDS = range(12, 15)
 
@@ -71,7 +71,8 @@ def aggregate(axis, prefill_requests, prefill_tokens, squares, prefill_context, 
 
 @bare
 def from_tables(
-    terms, grids, values, outside, prefill_requests, prefill_tokens, squares, prefill_context, decode_requests, decode_context
+    terms, grids, values, outside, prefill_requests, prefill_tokens, squares, prefill_context, decode_requests,
+    decode_context,
 ):  # fmt: skip
     """The sum of a table's terms; notes in `outside` that it had to extrapolate."""
     total = 0.0
@@ -146,20 +147,20 @@ def by_call(
     """Seconds that a step takes where they come from tables, or from a rule of the user's own."""
     if model.code == TABLE:
         seconds = from_tables(
-            model.terms, model.grids, model.values, model.outside, prefill_requests, prefill_tokens, squares, prefill_context,
-            decode_requests, decode_context,
+            model.terms, model.grids, model.values, model.outside, prefill_requests, prefill_tokens, squares,
+            prefill_context, decode_requests, decode_context,
         )  # fmt: skip
     else:
         seconds = np.float64(
             own(
                 StepBatch(
-                    np.int64(prefill_requests),
-                    np.int64(prefill_tokens),
+                    whole(prefill_requests),
+                    whole(prefill_tokens),
                     attention,
                     squares,
-                    np.int64(prefill_context),
-                    np.int64(decode_requests),
-                    np.int64(decode_context),
+                    whole(prefill_context),
+                    whole(decode_requests),
+                    whole(decode_context),
                     model.kv_tokens,
                     model.a,
                 )
@@ -173,7 +174,7 @@ def duration(
     model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
 ):  # fmt: skip
     """Seconds that a step takes; `own` is a rule of the user's own."""
-    if model.code == LINEAR or model.code == POLYNOMIAL:
+    if model.code in (LINEAR, POLYNOMIAL):
         return by_formula(
             model,
             prefill_requests,

@@ -41,6 +41,9 @@ inlined: Any = cast(Any, numba.njit)(
 # An unsigned index spares the check for a negative one at each access: measured 7 to 37 % of the step loop.
 unsigned = np.uint64
 
+# numba takes NumPy's whole numbers for ints; mypy doesn't.
+whole: Any = np.int64
+
 
 def source_hash() -> str:
     """Hash of the package's sources and of what else decides the machine code."""

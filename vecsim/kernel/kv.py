@@ -171,18 +171,18 @@ def claim(counters, nodes, node_of, owned, own, ids, shared, own_start, request,
             unlink(counters, nodes, int(node))
         nodes[REFERENCES, node] += 1
         own[unsigned(own_start + place)] = 0
-    node = int(owned[RUN_NODE, unsigned(request)])
-    if node >= 0:
+    run = int(owned[RUN_NODE, unsigned(request)])
+    if run >= 0:
         # What is left of the run is never looked for again: this request will have a run of its own.
         claimed = max(found - shared, 0)
         owned[RUN_NODE, unsigned(request)] = -1
-        rest = int(nodes[COUNT, unsigned(node)]) - claimed
+        rest = int(nodes[COUNT, unsigned(run)]) - claimed
         counters[FREE] -= claimed
-        nodes[COUNT, unsigned(node)] = rest
-        nodes[KEY, unsigned(node)] = ANONYMOUS
+        nodes[COUNT, unsigned(run)] = rest
+        nodes[KEY, unsigned(run)] = ANONYMOUS
         if rest == 0:
-            unlink(counters, nodes, node)
-            drop_node(counters, nodes, node)
+            unlink(counters, nodes, run)
+            drop_node(counters, nodes, run)
     owned[NAMED, unsigned(request)] = min(found, shared)
 
 

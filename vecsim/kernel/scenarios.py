@@ -68,7 +68,7 @@ def draw_arrivals(first, last, parameters, recorded, arrivals, stop):
 def fill_arrivals(code, request_rate, units, time_limit, out):
     """Due times of an open load before the limit, and an infinite one after them; returns how many."""
     n = out.size - 1
-    if code == RENEWAL or code == TRACED:
+    if code in (RENEWAL, TRACED):
         for i in range(n):
             out[i] = arrival_time(RENEWAL, request_rate, i, units[i])
     else:

@@ -261,7 +261,10 @@ class Formula(NamedTuple):
 
 
 class TokenLoad(NamedTuple):
-    """Requests of one scenario in the token model [request]; the first `static` have a time of arrival from the start."""
+    """Requests of one scenario in the token model [request].
+
+    The first `static` have a time of arrival from the start.
+    """
 
     arrived_at: Array  # seconds
     prompt_tokens: Array
@@ -397,7 +400,7 @@ class TokenRecord(NamedTuple):
     output_tokens: Array
     hit_tokens: Array
     preempted: Array
-    dropped: Array
+    refused: Array
     class_number: Array
 
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 from vecsim.kernel import kv
 from vecsim.kernel.duration import by_formula, duration
 from vecsim.kernel.heap import pop, push
-from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned
+from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.state import (
     BAD_DURATION,
@@ -39,8 +39,8 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
     _FREE, _SPARE, _UNUSED, RUNNING, DECODING, CONTEXT, STEP, PREFILLING, QUEUE_HEAD, QUEUE_TAIL, HEAP, WAITING, STACK,
     PREEMPTED, DROPPED, GAPS, GAP_LOW, GAP_HIGH, MAX_QUEUE, STEPS, SCHEDULED, TOKENS, PROMPT_TOKENS, HIT_TOKENS, PEAK,
     ENDED, COMING, ISSUED, CLIPPED, OPEN, OPEN_SUM, ENQUEUED, CHUNKS, DECODES, DECODE_CONTEXT, BLOCKED, STARVED, GROUPS,
-    TAKEN, COASTED, ALL_STEPS, COUNTS,
-) = range(42)  # fmt: skip
+    TAKEN, STATUS, ALL_STEPS, ARRIVALS, COUNTS,
+) = range(43)  # fmt: skip
 
 # Places in `sums`
 GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, SUMS = range(10)
@@ -117,7 +117,7 @@ def is_active(own, stack, place):
     """Whether the request at a place of the stack still runs."""
     request = unsigned(stack[unsigned(place)])
     state = own[STATE, request]
-    return own[PLACE, request] == place and (state == PREFILL or state == DECODE)
+    return own[PLACE, request] == place and state in (PREFILL, DECODE)
 
 
 @inlined
@@ -384,7 +384,7 @@ def asked_of_rule(
 ):
     """Tokens that a rule of the user's own has a request compute in this step; 0 to `rest`."""
     r = unsigned(request)
-    class_ = np.int64(classes[r]) if classes.size > 0 else np.int64(0)
+    class_ = whole(classes[r]) if classes.size > 0 else whole(0)
     batch = TokenBatch(
         running=counts[RUNNING],
         prefilling=counts[PREFILLING],
@@ -394,20 +394,20 @@ def asked_of_rule(
         time=t,
         waited=t - since,
         prefill_requests=counts[CHUNKS],
-        prefill_tokens=np.int64(sent),
+        prefill_tokens=whole(sent),
         decode_context=counts[CONTEXT],
         free_blocks=counts[FREE],
         blocks=memory.blocks,
         block_size=memory.block_size,
-        head_started=np.int64(started),
-        head_tokens=np.int64(rest),
-        head_cached_tokens=np.int64(cached),
-        head_prompt_tokens=np.int64(prompt[r]),
-        head_max_tokens=np.int64(caps[r]),
+        head_started=whole(started),
+        head_tokens=whole(rest),
+        head_cached_tokens=whole(cached),
+        head_prompt_tokens=whole(prompt[r]),
+        head_max_tokens=whole(caps[r]),
         head_class=class_,
         parameter=policy.parameter,
     )
-    return min(max(np.int64(own_rule(batch)), 0), rest)
+    return min(max(whole(own_rule(batch)), 0), rest)
 
 
 @inlined
@@ -866,99 +866,296 @@ def can_coast(counts, sums, policy, t):
     )
 
 
-def make_coast(is_plain):
-    """`coast`, for all scenarios or for the plain ones: no prefix cache, no record, step times from a formula.
+@bare
+def coast(
+    counts, sums, first, residues, gaps, memory, model, cache, record, own_duration, t, due, horizon, all_steps, watch,
+):  # fmt: skip
+    """Make steps that do nothing but decode, until something else can happen; returns how many. O(1) each.
 
-    A function of its own: 4 ns a step, where it takes 12 as a part of `simulate`. The plain one is given few arrays, for to
-    pass them all takes longer than a dozen steps.
+    A function of its own, for its few variables stay in registers so.
     """
-    duration_of = by_formula if is_plain else duration
-
-    @bare
-    def coast(
-        counts, sums, first, residues, gaps, blocks, block_size, shift, model, t, due, horizon, all_steps, watch, memory, cache,
-        record, own_duration,
-    ):  # fmt: skip
-        """Make steps that do nothing but decode, until something else can happen; returns how many. O(1) each."""
-        decoding = int(counts[DECODING])
-        free = int(counts[FREE])
-        step = int(counts[STEP])
-        context = int(counts[CONTEXT])
-        phase = step & (block_size - 1) if shift >= 0 else step % block_size
-        begin = t
-        most = watch - all_steps
-        steps = 0
-        shortest, longest = np.inf, 0.0
-        used = 0.0
-        held = float(blocks - free)
-        status = DONE
-        while steps < most:
-            need = int(residues[unsigned(phase)])
-            if need > free or t >= horizon or t >= due:
+    blocks, block_size = memory.blocks, memory.block_size
+    decoding = int(counts[DECODING])
+    free = int(counts[FREE])
+    step = int(counts[STEP])
+    context = int(counts[CONTEXT])
+    phase = step & (block_size - 1) if memory.shift >= 0 else step % block_size
+    begin = t
+    most = watch - all_steps
+    steps = 0
+    shortest, longest = np.inf, 0.0
+    used = 0.0
+    held = float(blocks - free)
+    status = DONE
+    while steps < most:
+        need = int(residues[unsigned(phase)])
+        if need > free or t >= horizon or t >= due:
+            break
+        if need > 0:
+            if memory.caching:
+                kv.take(counts, cache.nodes, cache.node_of, cache.owned, need)
+            free -= need
+            held = float(blocks - free)
+        after = t + duration(model, 0, 0, 0.0, 0.0, 0, decoding, context, own_duration)
+        gap = after - t
+        if not gap > 0.0:
+            status = BAD_DURATION
+            break
+        if record.times.shape[1] > 0:
+            at = unsigned(all_steps + steps)
+            if at >= unsigned(record.times.shape[1]):
+                status = OUT_OF_STEPS
                 break
-            if need > 0:
-                if not is_plain and memory.caching:
-                    kv.take(counts, cache.nodes, cache.node_of, cache.owned, need)
-                free -= need
-                held = float(blocks - free)
-            after = t + duration_of(model, 0, 0, 0.0, 0.0, 0, decoding, context, own_duration)
+            record.times[BEGIN, at] = t
+            record.times[LASTS, at] = gap
+            record.counts[STEP_QUEUE, at] = counts[WAITING]
+            record.counts[STEP_PREFILLS, at] = 0
+            record.counts[STEP_PREFILL_TOKENS, at] = 0
+            record.counts[STEP_DECODES, at] = decoding
+            record.counts[STEP_USED, at] = blocks - free
+            record.counts[STEP_RUNNING, at] = counts[RUNNING]
+        gaps[unsigned(gap_bin(gap))] += decoding
+        shortest = min(shortest, gap)
+        longest = max(longest, gap)
+        used += held * gap
+        context += decoding
+        steps += 1
+        step += 1
+        phase = phase + 1 if phase + 1 < block_size else 0
+        t = after
+        if first[unsigned((step - 1) & (first.size - 1))] >= 0:
+            break
+    if t == np.inf:
+        status = BAD_DURATION
+    counts[STATUS] = status
+    if steps > 0:
+        spent = t - begin
+        counts[FREE] = free
+        counts[STEP] = step
+        counts[CONTEXT] = context
+        sums[GAP_SUM] += decoding * spent
+        sums[GAP_MAX] = max(sums[GAP_MAX], longest)
+        sums[BUSY] += counts[RUNNING] * spent
+        sums[USED] += used
+        sums[LAST_DECODE] = t
+        sums[NOW] = t
+        counts[GAP_LOW] = min(counts[GAP_LOW], gap_bin(shortest))
+        counts[GAP_HIGH] = max(counts[GAP_HIGH], gap_bin(longest))
+        counts[GAPS] += decoding * steps
+        counts[SCHEDULED] += decoding * steps
+        counts[TOKENS] += decoding * steps
+        counts[STEPS] += steps
+        counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
+        counts[PEAK] = max(counts[PEAK], blocks - free)
+    return steps
+
+
+@bare
+def cruise(
+    counts, sums, own, times, arrived_at, prompt, output, first, residues, gaps, stack, slots, budget, longest_request, blocks,
+    block_size, shift, watermark, formula, before_queue, measured_from, alone, t, horizon, all_steps, watch,
+):  # fmt: skip
+    """Make steps as long as there is no more to them than decodes, ends and requests that start at once; returns how many.
+
+    What `simulate` does in the plain case, an engine that isn't overloaded: no prefix cache, no record, step times from a
+    formula, first come first served, prompts and decodes in one step, arrivals that are known. `alone` is false while
+    requests wait; then it ends with the first request that ends or comes. O(1) a step and a request.
+    """
+    arrivals = int(counts[ARRIVALS])
+    due = arrived_at[unsigned(arrivals)] + before_queue
+    decoding, running = int(counts[DECODING]), int(counts[RUNNING])
+    free = least_free = int(counts[FREE])
+    step = int(counts[STEP])
+    context = int(counts[CONTEXT])
+    phase = step & (block_size - 1) if shift >= 0 else step % block_size
+    most = watch - all_steps
+    steps = samples = tokens = started = 0
+    last = arrivals
+    shortest, longest = np.inf, 0.0
+    used = busy = gap_sum = backlog = last_decode = 0.0
+    held = float(blocks - free)
+    status = DONE
+    while steps < most and t < horizon:
+        ends = False
+        if decoding > 0 and due > t:
+            # Decodes alone. A small loop, for its few variables stay in registers so.
+            begin, before = t, steps
+            while steps < most and t < horizon and t < due:
+                need = int(residues[unsigned(phase)])
+                if need > 0:
+                    if need > free:
+                        break
+                    free -= need
+                    held = float(blocks - free)
+                after = t + by_formula(formula, 0, 0, 0.0, 0.0, 0, decoding, context, None)
+                gap = after - t
+                if not gap > 0.0:
+                    status = BAD_DURATION
+                    break
+                gaps[unsigned(gap_bin(gap))] += decoding
+                shortest = min(shortest, gap)
+                longest = max(longest, gap)
+                used += held * gap
+                context += decoding
+                steps += 1
+                step += 1
+                phase = phase + 1 if phase + 1 < block_size else 0
+                t = after
+                if first[unsigned((step - 1) & (first.size - 1))] >= 0:
+                    ends = True
+                    break
+            least_free = min(least_free, free)
+            if steps == before:
+                break
+            gap_sum += decoding * (t - begin)
+            busy += running * (t - begin)
+            samples += decoding * (steps - before)
+            last_decode = t
+            last = arrivals
+        elif due <= t:
+            # All who have come, if all can start at once.
+            need = int(residues[unsigned(phase)])
+            last = arrivals
+            prompt_tokens = 0
+            attention = 0.0
+            fits = alone
+            while fits and due <= t:
+                request = unsigned(last)
+                size, length = int(prompt[request]), int(output[request])
+                need += blocks_for(size, block_size, shift)
+                prompt_tokens += size
+                attention += size * (0.5 * size)
+                kept_free = watermark if running + last - arrivals > 0 else 0
+                last += 1
+                due = arrived_at[unsigned(last)] + before_queue
+                fits = (
+                    running + last - arrivals <= slots
+                    and prompt_tokens <= budget - decoding
+                    and size + length <= longest_request
+                    and blocks_for(size + length, block_size, shift) <= blocks
+                    and need + kept_free <= free
+                )
+            if not fits:
+                break
+            after = t + by_formula(formula, last - arrivals, prompt_tokens, attention, 0.0, 0, decoding, context, None)
             gap = after - t
             if not gap > 0.0:
                 status = BAD_DURATION
                 break
-            if not is_plain and record.times.shape[1] > 0:
-                at = unsigned(all_steps + steps)
-                if at >= unsigned(record.times.shape[1]):
-                    status = OUT_OF_STEPS
-                    break
-                record.times[BEGIN, at] = t
-                record.times[LASTS, at] = gap
-                record.counts[STEP_QUEUE, at] = counts[WAITING]
-                record.counts[STEP_PREFILLS, at] = 0
-                record.counts[STEP_PREFILL_TOKENS, at] = 0
-                record.counts[STEP_DECODES, at] = decoding
-                record.counts[STEP_USED, at] = blocks - free
-                record.counts[STEP_RUNNING, at] = counts[RUNNING]
-            gaps[unsigned(gap_bin(gap))] += decoding
-            shortest = min(shortest, gap)
-            longest = max(longest, gap)
-            used += held * gap
-            context += decoding
+            running += last - arrivals
+            free -= need
+            least_free = min(least_free, free)
+            held = float(blocks - free)
+            for new in range(arrivals, last):
+                request = unsigned(new)
+                came = arrived_at[request]
+                own[COMPUTED, request] = prompt[request]
+                own[HIT, request] = 0
+                own[PREEMPTIONS, request] = 0
+                own[LATE, request] = 0
+                own[STARVING, request] = 0
+                own[HELD, request] = blocks_for(prompt[request], block_size, shift)
+                own[STATE, request] = PREFILL
+                times[STARTED_AT, request] = t
+                times[ENDED_AT, request] = np.nan
+                times[SINCE, request] = came
+                put_on_stack(counts, own, stack, new)
+                backlog += t - max(came, measured_from)
+                if came >= measured_from:
+                    counts[PROMPT_TOKENS] += prompt[request]
+            started += last - arrivals
             steps += 1
-            step += 1
-            phase = phase + 1 if phase + 1 < block_size else 0
+            tokens += prompt_tokens
+            used += held * gap
+            busy += running * gap
             t = after
-            if first[unsigned((step - 1) & (first.size - 1))] >= 0:
+            if decoding > 0:
+                gaps[unsigned(gap_bin(gap))] += decoding
+                shortest = min(shortest, gap)
+                longest = max(longest, gap)
+                gap_sum += decoding * gap
+                samples += decoding
+                last_decode = t
+                context += decoding
+                step += 1
+                phase = phase + 1 if phase + 1 < block_size else 0
+                ends = first[unsigned((step - 1) & (first.size - 1))] >= 0
+        elif due < horizon:
+            t = due
+            continue
+        else:
+            break
+        if ends:
+            if not alone:
                 break
-        if t == np.inf:
-            status = BAD_DURATION
-        counts[COASTED] = status
-        if steps > 0:
-            spent = t - begin
-            counts[FREE] = free
-            counts[STEP] = step
-            counts[CONTEXT] = context
-            sums[GAP_SUM] += decoding * spent
-            sums[GAP_MAX] = max(sums[GAP_MAX], longest)
-            sums[BUSY] += counts[RUNNING] * spent
-            sums[USED] += used
-            sums[LAST_DECODE] = t
-            sums[NOW] = t
+            bucket = unsigned((step - 1) & (first.size - 1))
+            ending = int(first[bucket])
+            first[bucket] = -1
+            while ending >= 0:
+                r = unsigned(ending)
+                size = int(output[r])
+                decoding -= 1
+                running -= 1
+                context -= prompt[r] + size
+                residues[unsigned(own[RESIDUE, r])] -= 1
+                free += blocks_for(prompt[r] + size - 1, block_size, shift)
+                own[STATE, r] = GONE
+                own[GENERATED, r] = size
+                times[ENDED_AT, r] = t
+                ending = int(own[AFTER, r])
+            held = float(blocks - free)
+        for new in range(arrivals, last):
+            request = unsigned(new)
+            size, length = int(prompt[request]), int(output[request])
+            times[FIRST_AT, request] = t
+            times[LAST_AT, request] = t
+            if length == 1:
+                own[STATE, request] = GONE
+                own[GENERATED, request] = 1
+                times[ENDED_AT, request] = t
+                running -= 1
+                free += own[HELD, request]
+                held = float(blocks - free)
+            else:
+                own[STATE, request] = DECODE
+                own[END, request] = step + length - 2
+                own[GENERATED, request] = step - 1
+                decoding += 1
+                context += size + 1
+                distance = step - size
+                residue = distance & (block_size - 1) if shift >= 0 else distance % block_size
+                own[RESIDUE, request] = residue
+                residues[unsigned(residue)] += 1
+                file_end(own, first, new)
+        arrivals = last
+    if t == np.inf:
+        status = BAD_DURATION
+    counts[STATUS] = status
+    counts[ENQUEUED] += started
+    counts[ARRIVALS] = arrivals
+    counts[DECODING] = decoding
+    counts[RUNNING] = running
+    counts[FREE] = free
+    counts[STEP] = step
+    counts[CONTEXT] = context
+    sums[NOW] = t
+    sums[BACKLOG] += backlog
+    if steps > 0:
+        sums[GAP_SUM] += gap_sum
+        sums[GAP_MAX] = max(sums[GAP_MAX], longest)
+        sums[BUSY] += busy
+        sums[USED] += used
+        if samples > 0:
+            sums[LAST_DECODE] = last_decode
             counts[GAP_LOW] = min(counts[GAP_LOW], gap_bin(shortest))
             counts[GAP_HIGH] = max(counts[GAP_HIGH], gap_bin(longest))
-            counts[GAPS] += decoding * steps
-            counts[SCHEDULED] += decoding * steps
-            counts[TOKENS] += decoding * steps
-            counts[STEPS] += steps
-            counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
-            counts[PEAK] = max(counts[PEAK], blocks - free)
-        return steps
-
-    return coast
-
-
-coast = make_coast(False)
-plain_coast = make_coast(True)
+        counts[GAPS] += samples
+        counts[SCHEDULED] += samples + started
+        counts[TOKENS] += samples + tokens
+        counts[STEPS] += steps
+        counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
+        counts[PEAK] = max(counts[PEAK], blocks - least_free)
+    return steps
 
 
 @bare_entry
@@ -995,8 +1192,14 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     blocks, block_size, shift, caching = memory.blocks, memory.block_size, memory.shift, memory.caching
     grows = policy.hold != RESERVED
     room_for = recorded_times.shape[1]
-    is_formula = model.code == LINEAR or model.code == POLYNOMIAL
-    is_plain = is_formula and not caching and room_for == 0
+    is_formula = model.code in (LINEAR, POLYNOMIAL)
+    is_plain = (
+        is_formula
+        and grows
+        and not (caching or room_for > 0 or load.closed or follower.size > 0)
+        and not (policy.asynchronous or policy.prefill_only or policy.custom or policy.threshold > 0)
+        and policy.order == FIRST_COME
+    )
     formula = Formula(
         model.code, model.a, model.b, model.c, model.d, model.e, model.f, model.g, model.per_step, model.kv_tokens
     )
@@ -1017,7 +1220,6 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         cache.owned[kv.NAMED] = 0
 
     t = 0.0
-    arrivals = 0
     static = min(load.static, prompt.size)
     static_due = arrived_at[0] + load.before_queue if static > 0 else np.inf
     dynamic_due = np.inf
@@ -1044,6 +1246,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         begin = t
         due = min(static_due, dynamic_due)
         steps = chunks = decodes = was_starved = 0
+        coasted = False
         for attempt in range(2):
             if attempt == 0:
                 # Asynchronously the batch was formed when the last step began: without who has arrived since, and
@@ -1055,9 +1258,11 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     let_ended_go(counts, own, prompt, output, ended, cache, memory, policy)
                 while due <= t:
                     if static_due <= dynamic_due:
-                        request = arrivals
-                        arrivals += 1
-                        static_due = arrived_at[unsigned(arrivals)] + load.before_queue if arrivals < static else np.inf
+                        request = int(counts[ARRIVALS])
+                        counts[ARRIVALS] += 1
+                        static_due = (
+                            arrived_at[unsigned(request + 1)] + load.before_queue if request + 1 < static else np.inf
+                        )
                     else:
                         request = pop(coming, counts[COMING], times[SINCE], arrived_at)
                         counts[COMING] -= 1
@@ -1121,27 +1326,34 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     due = min(static_due, dynamic_due)
                 if status != DONE or chunks + decodes > 0:
                     break
-                if can_coast(counts, sums, policy, t):
-                    horizon = time_limit if measuring else min(time_limit, warmup)
-                    if is_plain:
-                        steps = plain_coast(
-                            counts, sums, first, residues, gaps, blocks, block_size, shift, formula, t, due, horizon, all_steps,
-                            watch, None, None, None, None,
-                        )  # fmt: skip
-                    else:
-                        steps = coast(
-                            counts, sums, first, residues, gaps, blocks, block_size, shift, model, t, due, horizon, all_steps,
-                            watch, memory, cache, record, own_duration,
-                        )  # fmt: skip
-                    if steps > 0:
+                horizon = time_limit if measuring else min(time_limit, warmup)
+                if (
+                    is_plain
+                    and counts[PREFILLING] == 0
+                    and (counts[WAITING] == 0 or can_coast(counts, sums, policy, t))
+                ):
+                    steps = cruise(
+                        counts, sums, own, times, arrived_at, prompt, output, first, residues, gaps, stack, policy.slots,
+                        policy.budget, policy.longest, blocks, block_size, shift, memory.watermark, formula, load.before_queue,
+                        measured_from, counts[WAITING] == 0, t, horizon, all_steps, watch,
+                    )  # fmt: skip
+                    request = int(counts[ARRIVALS])
+                    static_due = arrived_at[unsigned(request)] + load.before_queue if request < static else np.inf
+                    coasted = sums[NOW] > t
+                    t = sums[NOW]
+                    status = counts[STATUS]
+                elif can_coast(counts, sums, policy, t):
+                    steps = coast(
+                        counts, sums, first, residues, gaps, memory, model, cache, record, own_duration, t, due, horizon,
+                        all_steps, watch,
+                    )  # fmt: skip
+                    coasted = steps > 0
+                    if coasted:
                         t = sums[NOW]
-                        all_steps += steps
-                    if counts[COASTED] != DONE:
-                        status = counts[COASTED]
-                    if steps > 0 or status != DONE:
-                        chunks = 0
-                        decodes = int(counts[DECODING])
-                        break
+                    status = counts[STATUS]
+                all_steps += steps
+                if coasted or status != DONE:
+                    break
             was_starved = int(counts[STARVED])
             for i in range(was_starved):
                 starving[unsigned(policy.slots + i)] = starving[unsigned(i)]
@@ -1155,14 +1367,14 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             decodes = int(counts[DECODES])
         if status != DONE:
             break
-        if chunks + decodes == 0:
+        if chunks + decodes == 0 and not coasted:
             if due >= time_limit or due == np.inf:
                 break
             t = due
             continue
-        if steps > 0:
+        if coasted:
             counts[CHUNKS] = 0
-            counts[DECODES] = decodes
+            counts[DECODES] = counts[DECODING]
         else:
             prefill_tokens = prefill_requests = prefill_context = 0
             attention = squares = 0.0
@@ -1179,9 +1391,11 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     prefill_tokens += tokens
                     attention += tokens * (computed + 0.5 * tokens)
                     squares += float(tokens) * tokens
-                    prefill_context += (computed + model.context_step - 1) // model.context_step
+                    prefill_context += computed
+                    if model.context_step > 1:
+                        prefill_context += -computed % model.context_step
             t = begin + duration(
-                model, prefill_requests, prefill_tokens, attention, squares, prefill_context * model.context_step,
+                model, prefill_requests, prefill_tokens, attention, squares, prefill_context,
                 decode_requests, decode_context, own_duration,
             )  # fmt: skip
             gap = t - begin

@@ -25,7 +25,7 @@ def write_token_record(row, requests, job, record):
         record.prompt_tokens[row, kept] = scratch.prompt_tokens[i]
         record.output_tokens[row, kept] = length
         record.class_number[row, kept] = scratch.classes[i]
-        record.dropped[row, kept] = state == loop.DROPPED_AT_ONCE
+        record.refused[row, kept] = state == loop.DROPPED_AT_ONCE
         if state != loop.DROPPED_AT_ONCE:
             record.started_at[row, kept] = times[loop.STARTED_AT, i]
             record.first_token_at[row, kept] = times[loop.FIRST_AT, i] + p[PER_TOKEN]

@@ -55,8 +55,8 @@ TABLES, TERMS, ARRIVALS, RATE, REQUESTS, THINK, STAGE, STAGES, REPEATS, CAPPED =
     FIELDS.index("tables"), FIELDS.index("tables") + 10
 )
 (
-    PREFIX_TOKENS, PREFIX_GROUPS, SESSIONS, SESSION_THINK, TRACE, ID_BLOCKS, FIRST_CLASS, CLASSES, BEFORE_QUEUE, PER_TOKEN,
-    AT_COMPLETION,
+    PREFIX_TOKENS, PREFIX_GROUPS, SESSIONS, SESSION_THINK, TRACE, ID_BLOCKS, FIRST_CLASS, CLASSES, BEFORE_QUEUE,
+    PER_TOKEN, AT_COMPLETION,
 ) = range(FIELDS.index("prefix_tokens"), FIELDS.index("prefix_tokens") + 11)  # fmt: skip
 
 # Fields of a class
@@ -69,9 +69,9 @@ CLASS_METRICS = 3
 @inner
 def policy_of(p):
     return Policy(
-        int(p[0]), int(p[1]), int(p[2]), p[3] != 0, int(p[4]), p[5] != 0, p[6] != 0, p[7] != 0, p[8] != 0, int(p[9]), int(p[10]),
-        p[11] != 0, p[12] != 0, int(p[13]), p[14] != 0, int(p[15]), p[16] != 0, p[17], p[18], p[19], int(p[20]), int(p[21]),
-        int(p[22]), p[23] != 0, p[24],
+        int(p[0]), int(p[1]), int(p[2]), p[3] != 0, int(p[4]), p[5] != 0, p[6] != 0, p[7] != 0, p[8] != 0, int(p[9]),
+        int(p[10]), p[11] != 0, p[12] != 0, int(p[13]), p[14] != 0, int(p[15]), p[16] != 0, p[17], p[18], p[19],
+        int(p[20]), int(p[21]), int(p[22]), p[23] != 0, p[24],
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def prepare(p, numbers, arrival_stream, streams, time_limit, scratch):
     )
     outputs = stream_of(streams.numbers, numbers[OUTPUT])
     prompts = stream_of(streams.numbers, numbers[PROMPT])
-    room = min(min(outputs.size, prompts.size), prompt.size)
+    room = min(outputs.size, prompts.size, prompt.size)
     has_sessions = p[SESSIONS] != 0
     turns = stream_of(streams.numbers, numbers[TURNS])
     available = min(room, turns.size) if has_sessions else room
@@ -159,7 +159,7 @@ def prepare(p, numbers, arrival_stream, streams, time_limit, scratch):
             return OUT_OF_REQUESTS, n, static
     else:
         units = stream_of(streams.arrivals, arrival_stream)
-        if arrivals != AT_ONCE and arrivals != EVENLY:
+        if arrivals not in (AT_ONCE, EVENLY):
             available = min(available, units.size)
         out = arrived_at[: min(wanted, available) + 1]
         if arrivals == PIECEWISE:
@@ -258,7 +258,7 @@ def late(limit, value):
 def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, out):
     """Write the row of metrics of one scenario: the order of `vecsim.variables.TOKEN_VARIABLES`, then by class."""
     counts, sums, own, times = work.counts, work.sums, work.own, work.times
-    arrived_at, prompt, output = load.arrived_at, load.prompt_tokens, load.output_tokens
+    arrived_at, output = load.arrived_at, load.output_tokens
     per_token, at_completion = load.per_token, load.at_completion
     values = scratch.values
     e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
@@ -403,7 +403,8 @@ def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
     """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one.
 
     The step loop is called by its address, and so are the user's own rule of a batcher and step time where a scenario
-    has them: compiled into this, the loop would be optimised again as a part of it, which takes as long as compiling it.
+    has them: compiled into this, the loop would be optimised again as a part of it, which takes as long as compiling
+    it.
     """
     scratch, work, streams = job.scratch, job.work, job.streams
     n = 0

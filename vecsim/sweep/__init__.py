@@ -43,8 +43,8 @@ def sweep(
         Each run ends at the first boundary at or after it [ticks, or seconds in the token model]. In the token model
         finite loads can do without: each run ends when all is served.
     warmup : float
-        Requests that arrive and steps that begin before it are simulated, not measured [ticks or seconds]. Throughputs count the
-        same requests: where a long queue was there already, they read lower than what the engine does.
+        Requests that arrive and steps that begin before it are simulated, not measured [ticks or seconds]. Throughputs
+        count the same requests: where a long queue was there already, they read lower than what the engine does.
     quantiles : sequence of float, optional
         Quantiles of the latencies, each in [0, 1]; 0.5, 0.9, 0.95 and 0.99 unless given.
     keep : "requests" or "queue", optional
