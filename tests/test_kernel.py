@@ -111,4 +111,4 @@ def test_evenly_spaced_arrivals_are_due_at_the_first_float_that_floor_division_a
 def test_every_whole_length_of_a_uniform_can_be_drawn_and_no_other():
     draws = np.linspace(0, np.nextafter(1, 0), 1000)
     assert {output_tokens(UNIFORM, 3.0, 5.0, (), 0, u) for u in draws} == {3, 4, 5}
-    assert {output_tokens(EMPIRICAL, 0.0, 0.0, (7, 9), u) for u in draws} == {7, 9}
+    assert {output_tokens(EMPIRICAL, 0.0, 0.0, (7, 9), 0, u) for u in draws} == {7, 9}

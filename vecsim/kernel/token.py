@@ -137,8 +137,10 @@ def put_on_stack(counts, own, stack, request):
 
 
 @bare
-def find_victim(counts, own, stack, rule, urgency, classes, arrived_at, prompt_tokens):
+def find_victim(work, load, rule):
     """Whom to preempt. O(1) amortised for the last admitted, else O(batch)."""
+    counts, own, stack = work.counts, work.own, work.stack
+    urgency, classes, arrived_at, prompt_tokens = load.urgency, load.classes, load.arrived_at, load.prompt_tokens
     while not is_active(own, stack, counts[STACK] - 1):
         counts[STACK] -= 1
     victim = int(stack[unsigned(counts[STACK] - 1)])
@@ -207,8 +209,9 @@ def cancel_end(own, first, request):
 
 
 @inlined
-def begin_decode(counts, own, first, residues, memory, policy, request, prompt, output):
+def begin_decode(work, memory, policy, request, prompt, output):
     """From the next decode step on, a request yields a token a step."""
+    counts, own, first, residues = work.counts, work.own, work.first, work.residues
     step = int(counts[STEP])
     r = unsigned(request)
     so_far = int(own[GENERATED, r])
@@ -239,7 +242,7 @@ def open_room(counts, unclip, step, left, steps, most, sign):
 
 
 @inlined
-def let_go(counts, own, cache, memory, policy, request, held, full, returns):
+def let_go(counts, cache, memory, request, held, full, returns):
     """Free a request's slot and blocks."""
     counts[RUNNING] -= 1
     if memory.caching:
@@ -261,11 +264,12 @@ def blocks_with_ids(cache, memory, request):
 
 
 @bare
-def preempt(
-    counts, sums, own, times, arrived_at, prompt, output, caps, first, residues, prefills, waiting, heap, unclip, joined,
-    joined_at, cache, memory, policy, request, t,
-):  # fmt: skip
+def preempt(work, load, cache, memory, policy, request, t):
     """Free all that a running request holds; it waits again, and will compute its tokens anew."""
+    counts, sums, own, times = work.counts, work.sums, work.own, work.times
+    arrived_at, prompt, output, caps = load.arrived_at, load.prompt_tokens, load.output_tokens, load.max_tokens
+    first, residues, prefills, waiting, heap = work.first, work.residues, work.prefills, work.waiting, work.heap
+    unclip, joined, joined_at = work.unclip, work.joined, work.joined_at
     r = unsigned(request)
     step = int(counts[STEP])
     if own[STATE, r] == DECODE:
@@ -299,8 +303,7 @@ def preempt(
             prefills[unsigned(kept)] = prefills[unsigned(i)]
             kept += prefills[unsigned(i)] != request
         counts[PREFILLING] = kept
-    let_go(counts, own, cache, memory, policy, request, held,
-           full_blocks(computed, memory.block_size, memory.shift), True)  # fmt: skip
+    let_go(work.counts, cache, memory, request, held, full_blocks(computed, memory.block_size, memory.shift), True)
     own[STATE, r] = QUEUED
     own[COMPUTED, r] = 0
     own[PREEMPTIONS, r] += 1
@@ -345,8 +348,9 @@ def take_blocks(counts, cache, memory, number):
 
 
 @inlined
-def schedule(counts, own, chunk_of, chunk_tokens, cache, memory, request, tokens, hold):
+def schedule(work, cache, memory, request, tokens, hold):
     """Have a request compute tokens in this step, holding so many blocks."""
+    counts, own, chunk_of, chunk_tokens = work.counts, work.own, work.chunk_of, work.chunk_tokens
     r = unsigned(request)
     take_blocks(counts, cache, memory, hold - own[HELD, r])
     own[HELD, r] = hold
@@ -379,10 +383,10 @@ def room(counts, sums, policy):
 
 
 @inlined
-def asked_of_rule(
-    own_rule, policy, memory, counts, prompt, caps, classes, request, rest, cached, since, started, sent, t
-):
+def asked_of_rule(own_rule, work, load, memory, policy, request, rest, cached, started, sent, t):
     """Tokens that a rule of the user's own has a request compute in this step; 0 to `rest`."""
+    counts = work.counts
+    prompt, caps, classes = load.prompt_tokens, load.max_tokens, load.classes
     r = unsigned(request)
     class_ = whole(classes[r]) if classes.size > 0 else whole(0)
     batch = TokenBatch(
@@ -392,7 +396,7 @@ def asked_of_rule(
         free=policy.slots - counts[RUNNING],
         queued=counts[WAITING],
         time=t,
-        waited=t - since,
+        waited=t - work.times[SINCE, r],
         prefill_requests=counts[CHUNKS],
         prefill_tokens=whole(sent),
         decode_context=counts[CONTEXT],
@@ -411,14 +415,15 @@ def asked_of_rule(
 
 
 @inlined
-def admit(
-    counts, sums, own, times, arrived_at, prompt, output, caps, classes, prefills, chunk_of, chunk_tokens, stack, waiting,
-    heap, cache, memory, policy, own_rule, left, sent, free_before, measured_from, t,
-):  # fmt: skip
+def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, measured_from, t):
     """Admit waiting requests, in order, while slots, tokens and blocks last.
 
     `left` is the step's budget that is left, `sent` the prompt tokens that are scheduled already.
     """
+    counts, sums, own, times = work.counts, work.sums, work.own, work.times
+    arrived_at, prompt, caps = load.arrived_at, load.prompt_tokens, load.max_tokens
+    prefills, chunk_of, chunk_tokens = work.prefills, work.chunk_of, work.chunk_tokens
+    stack, waiting, heap = work.stack, work.waiting, work.heap
     block_size, shift = memory.block_size, memory.shift
     longest = 0
     promised = 0
@@ -452,9 +457,7 @@ def admit(
         tokens = rest
         cut = False
         if policy.custom:
-            tokens = asked_of_rule(
-                own_rule, policy, memory, counts, prompt, caps, classes, request, rest, cached, times[SINCE, r], 0, sent, t
-            )  # fmt: skip
+            tokens = asked_of_rule(own_rule, work, load, memory, policy, request, rest, cached, 0, sent, t)
             if tokens == 0:
                 return
         else:
@@ -522,7 +525,7 @@ def admit(
             )
         prefills[unsigned(counts[PREFILLING])] = request
         counts[PREFILLING] += 1
-        schedule(counts, own, chunk_of, chunk_tokens, cache, memory, request, tokens, hold)
+        schedule(work, cache, memory, request, tokens, hold)
         left -= cost if not policy.custom else 0
         sent += 0 if so_far > 0 and rest == 1 else tokens
         longest = max(longest, tokens)
@@ -531,8 +534,10 @@ def admit(
 
 
 @bare
-def starve(counts, own, times, first, residues, starving, memory, policy, request, t):
+def starve(work, memory, request, t):
     """A decoding request gets no token in this step: all that is filed for it comes a step later."""
+    counts, own, times = work.counts, work.own, work.times
+    first, residues, starving = work.first, work.residues, work.starving
     r = unsigned(request)
     cancel_end(own, first, request)
     own[END, r] += 1
@@ -549,15 +554,14 @@ def starve(counts, own, times, first, residues, starving, memory, policy, reques
 
 
 @bare
-def grow(
-    counts, sums, own, times, arrived_at, prompt, output, caps, classes, urgency, first, residues, prefills, stack, waiting,
-    heap, unclip, joined, joined_at, cache, memory, policy, phase, t,
-):  # fmt: skip
+def grow(work, load, cache, memory, policy, phase, t):
     """Take a block for each decoding request that needs one in this step, preempting where there are too few.
 
-    Who comes first doesn't matter, unless freed blocks go to the front of the queue: then one by one, O(batch). SGLang's
-    last request is spared: what it lacks is held by requests that have ended; returns whether all have got theirs.
+    Who comes first doesn't matter, unless freed blocks go to the front of the queue: then one by one, O(batch).
+    SGLang's last request is spared: what it lacks is held by requests that have ended; returns whether all have got
+    theirs.
     """
+    counts, own, stack, residues = work.counts, work.own, work.stack, work.residues
     one_by_one = memory.front and memory.caching and policy.ratio == 0.0
     step = int(counts[STEP])
     for place in range(counts[STACK] if one_by_one else 1):
@@ -569,15 +573,9 @@ def grow(
                 continue
         need = 1 if one_by_one else int(residues[unsigned(phase)])
         while need > counts[FREE] and (policy.victim != FEWEST_TOKENS or counts[DECODING] + counts[PREFILLING] > 1):
-            victim = find_victim(counts, own, stack, policy.victim, urgency, classes, arrived_at, prompt)
-            preempt(
-                counts, sums, own, times, arrived_at, prompt, output, caps, first, residues, prefills, waiting, heap, unclip,
-                joined, joined_at, cache, memory, policy, victim, t,
-            )  # fmt: skip
-            if one_by_one:
-                need = int(is_active(own, stack, place))
-            else:
-                need = int(residues[unsigned(phase)])
+            victim = find_victim(work, load, policy.victim)
+            preempt(work, load, cache, memory, policy, victim, t)
+            need = int(is_active(own, stack, place)) if one_by_one else int(residues[unsigned(phase)])
         if need > counts[FREE]:
             return False
         take_blocks(counts, cache, memory, need)
@@ -587,11 +585,12 @@ def grow(
 
 
 @inlined
-def form(
-    counts, sums, own, times, arrived_at, prompt, output, caps, classes, urgency, first, residues, prefills, chunk_of,
-    chunk_tokens, stack, waiting, heap, unclip, joined, joined_at, starving, cache, memory, policy, own_rule, measured_from, t,
-):  # fmt: skip
+def form(work, load, cache, memory, policy, own_rule, measured_from, t):
     """Decide what the step at `t` does: chunks of prompts, and how many requests decode."""
+    counts, sums, own = work.counts, work.sums, work.own
+    prompt = load.prompt_tokens
+    residues, prefills, stack = work.residues, work.prefills, work.stack
+    chunk_of, chunk_tokens = work.chunk_of, work.chunk_tokens
     block_size, shift = memory.block_size, memory.shift
     counts[CHUNKS] = 0
     counts[DECODES] = 0
@@ -622,21 +621,14 @@ def form(
                 counts[STACK] -= 1
             is_last = stack[unsigned(counts[STACK] - 1)] == prefills[unsigned(counts[PREFILLING] - 1)]
             if more > counts[FREE] or (asked > policy.budget and not (is_last and asked - last <= policy.budget)):
-                left = walk(
-                    counts, sums, own, times, arrived_at, prompt, output, caps, classes, urgency, first, residues, prefills,
-                    chunk_of, chunk_tokens, stack, waiting, heap, unclip, joined, joined_at, starving, cache, memory,
-                    policy, t,
-                )  # fmt: skip
+                left = walk(work, load, cache, memory, policy, t)
                 walked = True
         if grows and not walked:
             need = int(residues[unsigned(phase)])
             if need <= counts[FREE]:
                 take_blocks(counts, cache, memory, need)
             else:
-                grow(
-                    counts, sums, own, times, arrived_at, prompt, output, caps, classes, urgency, first, residues, prefills,
-                    stack, waiting, heap, unclip, joined, joined_at, cache, memory, policy, phase, t,
-                )  # fmt: skip
+                grow(work, load, cache, memory, policy, phase, t)
             counts[TAKEN] = 1
         if not walked:
             left = policy.budget - counts[DECODING]
@@ -657,9 +649,8 @@ def form(
             tokens = 1
         elif policy.custom:
             tokens = asked_of_rule(
-                own_rule, policy, memory, counts, prompt, caps, classes, request, rest, int(own[COMPUTED, r]),
-                times[SINCE, r], 1, sent, t,
-            )  # fmt: skip
+                own_rule, work, load, memory, policy, request, rest, int(own[COMPUTED, r]), 1, sent, t
+            )
         else:
             tokens = min(rest, left)
             if policy.threshold > 0:
@@ -675,15 +666,12 @@ def form(
                 and hold - own[HELD, r] > counts[FREE]
                 and (policy.victim != FEWEST_TOKENS or counts[DECODING] + counts[PREFILLING] > 1)
             ):
-                victim = find_victim(counts, own, stack, policy.victim, urgency, classes, arrived_at, prompt)
+                victim = find_victim(work, load, policy.victim)
                 left += unschedule(counts, chunk_of, chunk_tokens, victim)
-                preempt(
-                    counts, sums, own, times, arrived_at, prompt, output, caps, first, residues, prefills, waiting, heap,
-                    unclip, joined, joined_at, cache, memory, policy, victim, t,
-                )  # fmt: skip
+                preempt(work, load, cache, memory, policy, victim, t)
             if policy.ratio > 0.0:
                 if counts[PREEMPTED] > preempted:
-                    renew_ratio(counts, sums, own, caps, stack, policy)
+                    renew_ratio(work, load, policy)
                 if own[STATE, r] == PREFILL and hold - own[HELD, r] > counts[FREE]:
                     return
             # Others may have gone from before it.
@@ -693,7 +681,7 @@ def form(
             if own[STATE, r] != PREFILL:
                 continue
         taken += hold - own[HELD, r]
-        schedule(counts, own, chunk_of, chunk_tokens, cache, memory, request, tokens, hold)
+        schedule(work, cache, memory, request, tokens, hold)
         if not is_single:
             sent += tokens
         if not is_single or policy.prefill_only:
@@ -703,11 +691,7 @@ def form(
     if (counts[PREEMPTED] == preempted or policy.admits_after_preemption) and not (
         policy.into_empty and counts[RUNNING] > 0
     ):
-        admit(
-            counts, sums, own, times, arrived_at, prompt, output, caps, classes, prefills, chunk_of, chunk_tokens, stack,
-            waiting, heap, cache, memory, policy, own_rule, left, sent, counts[FREE] + taken,
-            measured_from, t,
-        )  # fmt: skip
+        admit(work, load, cache, memory, policy, own_rule, left, sent, counts[FREE] + taken, measured_from, t)
     if policy.into_empty and counts[RUNNING] > 0:
         counts[BLOCKED] = 1
 
@@ -723,13 +707,10 @@ def form(
         if need <= counts[FREE]:
             take_blocks(counts, cache, memory, need)
         else:
-            fits = grow(
-                counts, sums, own, times, arrived_at, prompt, output, caps, classes, urgency, first, residues, prefills,
-                stack, waiting, heap, unclip, joined, joined_at, cache, memory, policy, phase, t,
-            )  # fmt: skip
+            fits = grow(work, load, cache, memory, policy, phase, t)
         if policy.ratio > 0.0:
             if counts[PREEMPTED] > before_decodes:
-                renew_ratio(counts, sums, own, caps, stack, policy)
+                renew_ratio(work, load, policy)
             elif fits:
                 sums[RATIO] = max(sums[RATIO] - policy.ratio_decay, policy.least_ratio)
         if fits:
@@ -738,8 +719,9 @@ def form(
 
 
 @bare
-def renew_ratio(counts, sums, own, caps, stack, policy):
+def renew_ratio(work, load, policy):
     """After a retraction, what SGLang expects of the requests that still run. O(batch)."""
+    counts, sums, own, stack, caps = work.counts, work.sums, work.own, work.stack, load.max_tokens
     so_far = expected = running = 0
     for place in range(counts[STACK]):
         if is_active(own, stack, place):
@@ -751,14 +733,13 @@ def renew_ratio(counts, sums, own, caps, stack, policy):
 
 
 @bare
-def walk(
-    counts, sums, own, times, arrived_at, prompt, output, caps, classes, urgency, first, residues, prefills, chunk_of,
-    chunk_tokens, stack, waiting, heap, unclip, joined, joined_at, starving, cache, memory, policy, t,
-):  # fmt: skip
+def walk(work, load, cache, memory, policy, t):
     """Go through the running requests one by one, O(batch); returns what is left of the budget.
 
     Only where a limit on the chunks lets several prompts run ahead of others, and tokens or blocks fall short.
     """
+    counts, own, prompt = work.counts, work.own, load.prompt_tokens
+    stack, chunk_of, chunk_tokens = work.stack, work.chunk_of, work.chunk_tokens
     block_size, shift = memory.block_size, memory.shift
     left = policy.budget
     step = int(counts[STEP])
@@ -782,7 +763,7 @@ def walk(
         if tokens == 0:
             continue
         while is_active(own, stack, place) and more > counts[FREE]:
-            victim = find_victim(counts, own, stack, policy.victim, urgency, classes, arrived_at, prompt)
+            victim = find_victim(work, load, policy.victim)
             v = unsigned(victim)
             if own[STATE, v] == DECODE:
                 if own[HELD, v] == -1 - step:  # it was given its token
@@ -791,10 +772,7 @@ def walk(
                     context -= prompt[v] + generated(counts, own, victim)
             else:
                 left += unschedule(counts, chunk_of, chunk_tokens, victim)
-            preempt(
-                counts, sums, own, times, arrived_at, prompt, output, caps, first, residues, prefills, waiting, heap, unclip,
-                joined, joined_at, cache, memory, policy, victim, t,
-            )  # fmt: skip
+            preempt(work, load, cache, memory, policy, victim, t)
         if not is_active(own, stack, place):
             continue
         left -= tokens
@@ -804,23 +782,24 @@ def walk(
             decodes += 1
             context += prompt[r] + generated(counts, own, request)
         else:
-            schedule(counts, own, chunk_of, chunk_tokens, cache, memory, request, tokens, hold)
+            schedule(work, cache, memory, request, tokens, hold)
     for place in range(counts[STACK]):
         if is_active(own, stack, place):
             request = int(stack[unsigned(place)])
             if own[STATE, unsigned(request)] == DECODE and own[HELD, unsigned(request)] != -1 - step:
-                starve(counts, own, times, first, residues, starving, memory, policy, request, t)
+                starve(work, memory, request, t)
     counts[DECODES] = decodes
     counts[DECODE_CONTEXT] = context
     return left
 
 
 @inlined
-def issue(times, arrived_at, coming, waits, load, request, at):
+def issue(work, load, request, at):
     """Have a request arrive later."""
-    arrived_at[unsigned(request)] = at
-    times[SINCE, unsigned(request)] = at + load.before_queue
-    push(coming, waits, request, times[SINCE], arrived_at)
+    load.arrived_at[unsigned(request)] = at
+    work.times[SINCE, unsigned(request)] = at + load.before_queue
+    push(work.coming, work.counts[COMING], request, work.times[SINCE], load.arrived_at)
+    work.counts[COMING] += 1
 
 
 @bare
@@ -836,8 +815,10 @@ def sort_by_admission(own, ended, begin, end):
 
 
 @inlined
-def let_ended_go(counts, own, prompt, output, ended, cache, memory, policy):
+def let_ended_go(work, load, cache, memory, policy):
     """Free what requests that have ended hold."""
+    counts, own, ended = work.counts, work.own, work.ended
+    prompt, output = load.prompt_tokens, load.output_tokens
     if policy.into_empty:
         sort_by_admission(own, ended, 0, counts[ENDED])
     for i in range(counts[ENDED]):
@@ -846,7 +827,7 @@ def let_ended_go(counts, own, prompt, output, ended, cache, memory, policy):
         computed = int(prompt[r]) + int(output[r]) - 1
         held = int(own[HELD, r]) if policy.hold == RESERVED else blocks_for(computed, memory.block_size, memory.shift)
         full = full_blocks(computed, memory.block_size, memory.shift)
-        let_go(counts, own, cache, memory, policy, request, held, full, False)
+        let_go(work.counts, cache, memory, request, held, full, False)
     counts[ENDED] = 0
     counts[BLOCKED] = 0
 
@@ -952,13 +933,13 @@ def coast(
 
 @bare
 def cruise(
-    counts, sums, own, times, arrived_at, prompt, output, first, residues, gaps, stack, slots, budget, longest_request, blocks,
-    block_size, shift, watermark, formula, before_queue, measured_from, alone, t, horizon, all_steps, watch,
+    counts, sums, own, times, arrived_at, prompt, output, first, residues, gaps, stack, slots, budget, longest_request,
+    blocks, block_size, shift, watermark, formula, before_queue, measured_from, alone, t, horizon, all_steps, watch,
 ):  # fmt: skip
-    """Make steps as long as there is no more to them than decodes, ends and requests that start at once; returns how many.
+    """Make steps while there is no more to them than decodes, ends and requests that start at once; returns how many.
 
-    What `simulate` does in the plain case, an engine that isn't overloaded: no prefix cache, no record, step times from a
-    formula, first come first served, prompts and decodes in one step, arrivals that are known. `alone` is false while
+    What `simulate` does in the plain case, an engine that isn't overloaded: no prefix cache, no record, step times from
+    a formula, first come first served, prompts and decodes in one step, arrivals that are known. `alone` is false while
     requests wait; then it ends with the first request that ends or comes. O(1) a step and a request.
     """
     arrivals = int(counts[ARRIVALS])
@@ -1255,7 +1236,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     continue
             else:
                 if counts[ENDED] > 0 and not (policy.into_empty and counts[DECODING] + counts[PREFILLING] > 0):
-                    let_ended_go(counts, own, prompt, output, ended, cache, memory, policy)
+                    let_ended_go(work, load, cache, memory, policy)
                 while due <= t:
                     if static_due <= dynamic_due:
                         request = int(counts[ARRIVALS])
@@ -1291,17 +1272,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                             if counts[ISSUED] == prompt.size:
                                 status = OUT_OF_REQUESTS
                                 break
-                            issue(
-                                times,
-                                arrived_at,
-                                coming,
-                                counts[COMING],
-                                load,
-                                counts[ISSUED],
-                                t + max(load.think_time, 1.0),
-                            )
+                            issue(work, load, counts[ISSUED], t + max(load.think_time, 1.0))
                             counts[ISSUED] += 1
-                            counts[COMING] += 1
                             dynamic_due = times[SINCE, unsigned(coming[0])]
                     else:
                         own[STATE, r] = QUEUED
@@ -1333,9 +1305,9 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     and (counts[WAITING] == 0 or can_coast(counts, sums, policy, t))
                 ):
                     steps = cruise(
-                        counts, sums, own, times, arrived_at, prompt, output, first, residues, gaps, stack, policy.slots,
-                        policy.budget, policy.longest, blocks, block_size, shift, memory.watermark, formula, load.before_queue,
-                        measured_from, counts[WAITING] == 0, t, horizon, all_steps, watch,
+                        counts, sums, own, times, arrived_at, prompt, output, first, residues, gaps, stack,
+                        policy.slots, policy.budget, policy.longest, blocks, block_size, shift, memory.watermark,
+                        formula, load.before_queue, measured_from, counts[WAITING] == 0, t, horizon, all_steps, watch,
                     )  # fmt: skip
                     request = int(counts[ARRIVALS])
                     static_due = arrived_at[unsigned(request)] + load.before_queue if request < static else np.inf
@@ -1344,8 +1316,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     status = counts[STATUS]
                 elif can_coast(counts, sums, policy, t):
                     steps = coast(
-                        counts, sums, first, residues, gaps, memory, model, cache, record, own_duration, t, due, horizon,
-                        all_steps, watch,
+                        counts, sums, first, residues, gaps, memory, model, cache, record, own_duration, t, due,
+                        horizon, all_steps, watch,
                     )  # fmt: skip
                     coasted = steps > 0
                     if coasted:
@@ -1358,11 +1330,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             for i in range(was_starved):
                 starving[unsigned(policy.slots + i)] = starving[unsigned(i)]
             counts[STARVED] = 0
-            form(
-                counts, sums, own, times, arrived_at, prompt, output, caps, classes, urgency, first, residues, prefills,
-                chunk_of, chunk_tokens, stack, waiting, heap, unclip, joined, joined_at, starving, cache, memory, policy,
-                own_rule, measured_from, t,
-            )  # fmt: skip
+            form(work, load, cache, memory, policy, own_rule, measured_from, t)
             chunks = int(counts[CHUNKS])
             decodes = int(counts[DECODES])
         if status != DONE:
@@ -1504,7 +1472,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     open_room(
                         counts, unclip, int(counts[STEP]), caps[r] - so_far, output[r] - so_far, policy.room_tokens, 1
                     )
-                begin_decode(counts, own, first, residues, memory, policy, request, int(prompt[r]), int(output[r]))
+                begin_decode(work, memory, policy, request, int(prompt[r]), int(output[r]))
         if done > 0:
             kept = 0
             for i in range(counts[PREFILLING]):
@@ -1533,14 +1501,12 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     if counts[ISSUED] == prompt.size:
                         status = OUT_OF_REQUESTS
                         break
-                    issue(times, arrived_at, coming, counts[COMING], load, counts[ISSUED], seen + load.think_time)
+                    issue(work, load, counts[ISSUED], seen + load.think_time)
                     counts[ISSUED] += 1
-                    counts[COMING] += 1
                     dynamic_due = times[SINCE, unsigned(coming[0])]
                 elif follower.size > 0 and follower[r] >= 0:
                     next_ = int(follower[r])
-                    issue(times, arrived_at, coming, counts[COMING], load, next_, seen + think[unsigned(next_)])
-                    counts[COMING] += 1
+                    issue(work, load, next_, seen + think[unsigned(next_)])
                     dynamic_due = times[SINCE, unsigned(coming[0])]
             if status != DONE:
                 break
