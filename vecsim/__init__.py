@@ -1,6 +1,6 @@
 """vecsim: a vectorised simulator of LLM inference serving."""
 
-from vecsim import plot
+from vecsim import plot, presets
 from vecsim.batching import (
     Batcher,
     ChunkedPrefillBatcher,
@@ -91,6 +91,7 @@ __all__ = [
     "Uniform",
     "Zipf",
     "plot",
+    "presets",
     "queue_growth",
     "read_trace",
     "sweep",

@@ -52,6 +52,8 @@ def queue_growth(
     """
     import xarray as xr
 
+    if engine.is_token:
+        raise ValueError("engine must be of the tick model: queue_growth goes on with a stream of output lengths alone")
     short, long = check_limit("short", short), check_limit("long", long)
     if not long > short:
         raise ValueError(f"long (the time limit) must be > short ({short:g}), got {long:g}")

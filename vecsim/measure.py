@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
+from typing import cast
 
 from vecsim.declaration import shown
 from vecsim.variables import DEFAULT_QUANTILES, stat_labels
@@ -20,7 +21,8 @@ def check_times(time_limit: float | None, warmup: float, token: bool = False) ->
     """
     if time_limit is None and not token:
         raise ValueError("time_limit must be given in the tick model")
-    time_limit = math.inf if time_limit is None else check_limit("time_limit", time_limit)
+    endless = time_limit is None or (token and check_number("time_limit", time_limit) == math.inf)
+    time_limit = math.inf if endless else check_limit("time_limit", cast(float, time_limit))
     warmup = check_number("warmup", warmup)
     if not 0 <= warmup < time_limit:
         raise ValueError(f"warmup must be >= 0 and < time_limit ({time_limit:g}), got {warmup:g}")

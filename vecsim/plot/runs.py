@@ -74,13 +74,22 @@ def run(run: "Run", *, interactive: bool = False) -> Any:
     -------
     matplotlib.figure.Figure or plotly.graph_objects.Figure
         Slots over time with request numbers where they fit (an image of the shares of time where there are many),
-        queue size, TTFT and E2E marks; one time axis.
+        queue size, TTFT and E2E marks; one time axis. In the token model the batch's composition, tokens computed and
+        KV memory instead of slots.
 
     Raises
     ------
     ImportError
         When plotly is needed and isn't there.
+    ValueError
+        When a run of the token model is to be interactive.
     """
+    if run.engine.is_token:
+        if interactive:
+            raise ValueError("interactive must be left out in the token model")
+        from vecsim.plot import tokens
+
+        return tokens.draw(run)
     if interactive:
         from vecsim.plot.interactive import draw
 
@@ -123,6 +132,8 @@ def compare(runs: Sequence["Run"], labels: Sequence[str] | None = None) -> Any:
     for one in runs:
         if not isinstance(one, Run):
             raise ValueError(f"runs must be a list of what Engine.run returns, got {one!r} among them")
+        if one.engine.is_token:
+            raise ValueError("runs must be of the tick model")
     if not 1 <= len(runs) <= len(COLOURS):
         raise ValueError(f"runs must be 1 to {len(COLOURS)}, got {len(runs)}")
     if labels is None:
@@ -275,7 +286,8 @@ def draw_latencies(axis: "Axes", run: "Run", ttft: str, e2e: str) -> None:
     for name, colour, marker in (("first_token_at", ttft, "x"), ("completed_at", e2e, "o")):
         at = requests[name].values
         recorded = ~np.isnan(at)
-        at, latency = at[recorded], (requests[name] - requests.enqueued_at).values[recorded]
+        since = requests.arrived_at if run.engine.is_token else requests.enqueued_at
+        at, latency = at[recorded], (requests[name] - since).values[recorded]
         many = at.size > MOST_MARKS
         axis.plot(
             at,

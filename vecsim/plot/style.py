@@ -1,6 +1,7 @@
 """What all pictures share: colours, labels, a figure that notebooks show by themselves."""
 
 import io
+import math
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -44,3 +45,9 @@ def label(array: "xr.DataArray", before: str = "") -> str:
     name = before + array.attrs.get("long_name", str(array.name))
     units = array.attrs.get("units", "1")
     return name if units == "1" else f"{name} [{units}]"
+
+
+def run_time(dataset: Any) -> str:
+    """How long each run of a sweep took, with its unit."""
+    limit = float(dataset.attrs["time_limit"])
+    return f"{limit:g} {dataset.end_time.attrs['units']}" if math.isfinite(limit) else "all requests served"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.kernel.state import Array
-from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, check_dataset, label, ticks_at_integers
+from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, check_dataset, label, run_time, ticks_at_integers
 from vecsim.sweep.report import load_coord, median, other_dims, stable, texts
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def lines(
         else:
             axis.set_ylim(bottom=min(0.0, float(array.min())))
     draw_legend(figure, drawn, shown, is_lines=along is not None)
-    title = [f"{dataset.attrs['time_limit']:g} ticks"]
+    title = [run_time(dataset)]
     if dataset.sizes.get("seed", 1) > 1:
         middle, spread = ("line", "band") if along is not None else ("point", "bar")
         title[0] += f"; {middle}: median of {dataset.sizes['seed']} seeds, {spread}: 10 % to 90 %"
@@ -205,7 +205,7 @@ def heat_map(
             if axis is row[0]:
                 name_positions(axis.yaxis, drawn, y)
         figure.colorbar(image, ax=list(row), label=name)
-    title = [f"{dataset.attrs['time_limit']:g} ticks; white line: where queues begin to grow"]
+    title = [f"{run_time(dataset)}; white line: where queues begin to grow"]
     if dataset.sizes.get("seed", 1) > 1:
         title[0] += f"; medians of {dataset.sizes['seed']} seeds"
     figure.suptitle("; ".join(title + notes), fontsize="medium")

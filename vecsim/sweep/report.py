@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 # The fields that say how much load there is
-LOADS = ("request_rate", "target_concurrency", "initial_batch")
+LOADS = ("request_rate", "rate_scale", "target_concurrency", "initial_batch")
 
 # A queue is stable if at the end no more requests wait than there are slots, or than this share of the arrivals, and
 # half of the arrivals are done.
@@ -18,6 +18,8 @@ STABLE_SHARE = 0.01
 STABLE = "at the end no more wait than there are slots, or 1 % of the arrivals, and half of the arrivals are done"
 
 MOST_ROWS = 36
+
+THROUGHPUTS = ("token_throughput", "request_throughput")
 
 CRITERION = (
     "from the end of the short run to that of the long one it gains more than there are slots, and more than 1 % of "
@@ -81,11 +83,12 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     along = str(dataset[load].dims[0]) if load is not None else None
     dims = other_dims(dataset, along)
     holds = stable(dataset)
-    throughput, requests = median(dataset.token_throughput), median(dataset.request_throughput)
+    throughput, requests = (median(dataset[name]) for name in THROUGHPUTS)
     tail = str(dataset.stat.values[-2])
     ttft = median(dataset.ttft.sel(stat=tail))
 
-    heads = [*dims, "peak tokens/1K ticks", "peak requests/1K ticks"]
+    units = [dataset[name].attrs.get("units", "").replace(" per 1000 ticks", "/1K ticks") for name in THROUGHPUTS]
+    heads = [*dims, *(f"peak {unit}" for unit in units)]
     if load is not None:
         loads = dataset[load].values
         if at_load is not None:

@@ -26,7 +26,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
     engine : Engine
         What is varied.
     time_limit, warmup : float
-        As for `vecsim.sweep` [ticks].
+        As for `vecsim.sweep` [ticks, or seconds in the token model, where infinity is to serve all requests].
     short : float, optional
         With it, `vecsim.queue_growth` is called: the time limit of its short run [ticks].
     axes : dict
