@@ -109,7 +109,11 @@ def a_scenario(seed, kind):
         blocks = max(blocks, -(-ours.reserve_tokens // block_size))
     size = rng.randint(1, 25)
     classes = [
-        sim.RequestClass(name=str(i), priority=rng.randint(0, 2), slo=sim.SLO(ttft=rng.choice([10, 50, 100, 200])))
+        sim.RequestClass(
+            name=str(i),
+            priority=rng.randint(0, 2),
+            slo=sim.SLO(ttft=rng.choice([10, 50, 100, 200]), itl=rng.choice([None, 12.3, 25.1, 60.7])),
+        )
         for i in range(3)
     ]
     requests, ids = [], []
@@ -125,6 +129,7 @@ def a_scenario(seed, kind):
             oracle.Request(
                 float(arrived_at), prompt, output, own_ids, output + rng.choice([0, 0, 5, 50]), kind_of.priority,
                 kind_of.slo.ttft,
+                itl_limit=kind_of.slo.itl or np.inf,
             )
         )  # fmt: skip
         ids.append((kind_of.name, own_ids))
@@ -245,7 +250,7 @@ def check_against(run, result, arguments):
             np.testing.assert_allclose(found.values[1:-1], quantiles, rtol=1e-12)
     end = float(metrics.end_time)
     busy = sum((step.end - step.begin) * len(step.chosen) for step in result.steps)
-    good = [request for request in done if request.seen_at[0] - request.arrived_at <= request.ttft_limit]
+    good = [request for request in done if request.in_time]
     tokens = sum(request.generated for request in served)
     used = sum((step.end - step.begin) * step.used for step in result.steps)
     computed = sum(one.tokens for step in result.steps for one in step.chosen)

@@ -21,6 +21,7 @@ class Request:
     ttft_limit: float = inf
     after: int | None = None  # index of the request that it follows in a session
     think: float = 0.0  # from the completion of that one
+    itl_limit: float = inf  # of the time between two of its tokens
 
     index: int = field(init=False, default=0)
     computed: int = field(init=False, default=0)  # tokens whose keys and values are held
@@ -58,6 +59,12 @@ class Request:
     @property
     def ended(self) -> bool:
         return self.generated == self.output_tokens
+
+    @property
+    def in_time(self) -> bool:
+        """Whether it kept to its limits, as the client sees it."""
+        gaps = [after - before for before, after in zip(self.seen_at, self.seen_at[1:], strict=False)]
+        return self.seen_at[0] - self.arrived_at <= self.ttft_limit and max(gaps, default=0.0) <= self.itl_limit
 
     def block_id(self, i: int) -> Hashable:
         return self.ids[i] if i < len(self.ids) else ("own", self.index, i)

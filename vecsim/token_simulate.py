@@ -187,6 +187,7 @@ class Room:
         self.requests = block.most_requests + 1
         self.slots = int(column["slots"].max())
         self.block_size = int(column["block_size"].max())
+        self.classes = max(int(column["classes"].max()), 1)
         self.longest = int(numbers.longest[block.stream[:, OUTPUT]].max())
         self.ids, self.with_ids, self.nodes = self._blocks(column, block, numbers, streams)
         self.caching = bool(column["caching"].any())
@@ -273,6 +274,8 @@ class Room:
             ended=whole(slots),
             joined=whole(slots),
             joined_at=np.empty(slots),
+            newcomers=whole(2 * slots),
+            late=np.zeros(self.classes, np.int64),
             starving=whole(2 * slots),
         )
         requests = n if self.caching else 0

@@ -115,7 +115,7 @@ LOOP_ARGUMENTS = tuple(
         like(Policy),
         like(Memory),
         like(StepModel, terms=np.empty((0, 0)), grids=FLOATS, values=FLOATS, outside=NUMBERS),
-        like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS),
+        like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS, itl_limits=FLOATS),
         like(
             TokenWork,
             counts=NUMBERS,
@@ -124,6 +124,7 @@ LOOP_ARGUMENTS = tuple(
             own=np.empty((0, 0), np.int32),
             times=np.empty((0, 0)),
             joined_at=FLOATS,
+            late=NUMBERS,
         ),
         like(
             Cache,

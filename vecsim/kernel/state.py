@@ -275,6 +275,8 @@ class TokenLoad(NamedTuple):
     think: Array  # seconds from the end of the request before it in the session
     urgency: Array  # [class] the least goes first
     ttft_limits: Array  # [class] seconds
+    itl_limits: Array  # [class] seconds
+    watches_gaps: bool  # whether one of these is finite
     static: int
     closed: bool  # a request comes when one ends
     think_time: float  # seconds from the end of one to the arrival of the next in a closed loop
@@ -304,6 +306,8 @@ class TokenWork(NamedTuple):
     ended: Array  # [slot] requests that have ended, and hold what they held
     joined: Array  # [slot] requests that have begun to decode, since the last decode
     joined_at: Array  # when
+    newcomers: Array  # [slot] those of them whose gaps have limits
+    late: Array  # [class] steps that were longer than the limit of the time between tokens
     starving: Array  # [2 x slot] decoding requests that had no token in this step, and in the last one
 
 

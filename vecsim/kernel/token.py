@@ -39,11 +39,11 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
     _FREE, _SPARE, _UNUSED, RUNNING, DECODING, CONTEXT, STEP, PREFILLING, QUEUE_HEAD, QUEUE_TAIL, HEAP, WAITING, STACK,
     PREEMPTED, DROPPED, GAPS, GAP_LOW, GAP_HIGH, MAX_QUEUE, STEPS, SCHEDULED, TOKENS, PROMPT_TOKENS, HIT_TOKENS, PEAK,
     ENDED, COMING, ISSUED, CLIPPED, OPEN, OPEN_SUM, ENQUEUED, CHUNKS, DECODES, DECODE_CONTEXT, BLOCKED, STARVED, GROUPS,
-    TAKEN, STATUS, ALL_STEPS, ARRIVALS, COUNTS,
-) = range(43)  # fmt: skip
+    TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, COUNTS,
+) = range(44)  # fmt: skip
 
 # Places in `sums`
-GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, SUMS = range(10)
+GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGEST, SUMS = range(11)
 
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch.
@@ -56,6 +56,10 @@ STARTED_AT, FIRST_AT, ENDED_AT, LAST_AT, RANK, SINCE, TIME_ROWS = range(7)
 
 # States of a request
 UNSEEN, QUEUED, PREFILL, DECODE, GONE, DROPPED_AT_ONCE = range(6)
+
+# In the row `LATE`: a gap between two tokens was longer than the limit. Else the count of such gaps in the request's
+# class when it began to decode.
+TOO_LATE = -1
 
 # Rows of a step's record
 BEGIN, LASTS, RECORDED_TIMES = range(3)
@@ -110,6 +114,36 @@ def add_gaps(counts, sums, gaps, gap, number):
     counts[GAPS] += number
     sums[GAP_SUM] += number * gap
     sums[GAP_MAX] = max(sums[GAP_MAX], gap)
+
+
+@inlined
+def note_gaps(work, load, gap):
+    """Count, for each class, the steps that keep its decoding requests longer than their limit. O(classes)."""
+    for class_ in range(load.itl_limits.size):
+        work.late[class_] += gap > load.itl_limits[class_]
+
+
+@inlined
+def class_of(load, request):
+    """Place of a request's class."""
+    return int(load.classes[request]) if load.classes.size > 0 else 0
+
+
+@inlined
+def settle(work, load, request):
+    """A request leaves the decoding ones: note for good if a gap was too long since it joined them."""
+    if work.own[LATE, request] != work.late[class_of(load, request)]:
+        work.own[LATE, request] = TOO_LATE
+
+
+@inlined
+def join_punctual(work, load, request, gap):
+    """A request has got a token by itself: what is counted for its class from now on concerns it."""
+    class_ = class_of(load, request)
+    if gap > load.itl_limits[class_]:
+        work.own[LATE, request] = TOO_LATE
+    elif work.own[LATE, request] != TOO_LATE:
+        work.own[LATE, request] = work.late[class_]
 
 
 @inlined
@@ -275,6 +309,8 @@ def preempt(work, load, cache, memory, policy, request, t):
     if own[STATE, r] == DECODE:
         so_far = step - int(own[GENERATED, r])
         cancel_end(own, first, request)
+        if load.watches_gaps:
+            settle(work, load, r)
         # The block for its next token may be taken already.
         taken = 0
         if policy.hold != RESERVED:
@@ -916,6 +952,7 @@ def coast(
         counts[CONTEXT] = context
         sums[GAP_SUM] += decoding * spent
         sums[GAP_MAX] = max(sums[GAP_MAX], longest)
+        sums[LONGEST] = longest
         sums[BUSY] += counts[RUNNING] * spent
         sums[USED] += used
         sums[LAST_DECODE] = t
@@ -1180,6 +1217,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         and not (caching or room_for > 0 or load.closed or follower.size > 0)
         and not (policy.asynchronous or policy.prefill_only or policy.custom or policy.threshold > 0)
         and policy.order == FIRST_COME
+        and not load.watches_gaps
     )
     formula = Formula(
         model.code, model.a, model.b, model.c, model.d, model.e, model.f, model.g, model.per_step, model.kv_tokens
@@ -1193,6 +1231,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     first[:] = -1
     residues[:block_size] = 0
     unclip[:] = 0
+    work.late[:] = 0
     counts[FREE] = blocks
     own[STATE, : prompt.size] = UNSEEN
     if caching:
@@ -1322,6 +1361,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     coasted = steps > 0
                     if coasted:
                         t = sums[NOW]
+                        if load.watches_gaps:
+                            note_gaps(work, load, sums[LONGEST])
                     status = counts[STATUS]
                 all_steps += steps
                 if coasted or status != DONE:
@@ -1398,6 +1439,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     r = unsigned(starving[unsigned(policy.slots + i)])
                     if own[STARVING, r] == 1:
                         add_gaps(counts, sums, gaps, t - times[LAST_AT, r], 1)
+                        if load.watches_gaps and t - times[LAST_AT, r] > load.itl_limits[class_of(load, r)]:
+                            own[LATE, r] = TOO_LATE
                         own[STARVING, r] = 0
                         regular -= 1
                 for i in range(counts[STARVED]):
@@ -1407,7 +1450,15 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                         add_gaps(counts, sums, gaps, t - joined_at[i], joined[i])
                     regular -= joined[i]
                 if regular > 0:
-                    add_gaps(counts, sums, gaps, t - sums[LAST_DECODE] if policy.prefill_only else gap, regular)
+                    regular_gap = t - sums[LAST_DECODE] if policy.prefill_only else gap
+                    add_gaps(counts, sums, gaps, regular_gap, regular)
+                    if load.watches_gaps:
+                        note_gaps(work, load, regular_gap)
+                for i in range(counts[NEWCOMERS]):
+                    r = unsigned(work.newcomers[unsigned(i)])
+                    if own[STATE, r] == DECODE:
+                        join_punctual(work, load, r, t - times[LAST_AT, r])
+                counts[NEWCOMERS] = 0
                 counts[GROUPS] = 0
                 counts[STEP] += 1
                 counts[CONTEXT] += decodes
@@ -1457,8 +1508,14 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             done += 1
             if own[GENERATED, r] == 0:
                 times[FIRST_AT, r] = t
+                times[LAST_AT, r] = t
             else:
                 add_gaps(counts, sums, gaps, t - times[LAST_AT, r], 1)
+            if load.watches_gaps:
+                join_punctual(work, load, r, t - times[LAST_AT, r])
+                if policy.prefill_only:
+                    work.newcomers[unsigned(counts[NEWCOMERS])] = request
+                    counts[NEWCOMERS] += 1
             own[GENERATED, r] += 1
             if own[GENERATED, r] == output[r]:
                 own[STATE, r] = GONE
@@ -1496,6 +1553,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 own[STATE, r] = GONE
                 own[GENERATED, r] = output[r]
                 times[ENDED_AT, r] = t
+                if load.watches_gaps:
+                    settle(work, load, r)
                 seen = t + output[r] * load.per_token + load.at_completion
                 if load.closed:
                     if counts[ISSUED] == prompt.size:

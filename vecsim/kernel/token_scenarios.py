@@ -426,6 +426,8 @@ def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
         has_sessions = n if p[SESSIONS] != 0 else 0
         number = max(int(p[CLASSES]), 1)
         first_class = int(p[FIRST_CLASS])
+        itl_limits = streams.classes[ITL_LIMIT, first_class : first_class + number] - p[PER_TOKEN]
+        watches_gaps = itl_limits.min() < np.inf
         load = TokenLoad(
             scratch.arrived_at,
             scratch.prompt_tokens[:n],
@@ -436,6 +438,8 @@ def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
             scratch.think[:has_sessions],
             streams.classes[URGENCY, first_class : first_class + number],
             streams.classes[TTFT_LIMIT, first_class : first_class + number],
+            itl_limits,
+            watches_gaps,
             static,
             int(p[ARRIVALS]) == CLOSED,
             p[THINK],

@@ -1,0 +1,106 @@
+"""Figures of the token model, one thread, compile apart, all metrics on: `python benchmarks/tokens.py`.
+
+Cases of other simulators are measured where VECSIM_DATA names the folder that holds their inputs.
+"""
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+import vecsim as sim
+from vecsim.axes import Plan
+from vecsim.kernel import custom
+from vecsim.scenarios import blocks, lower
+from vecsim.simulate import Measured, Results
+from vecsim.threads import Workers
+from vecsim.token_simulate import run_token_block
+
+REPEAT = 40
+STEP = sim.LinearStepTime(base=8e-3, per_request=4e-5)
+
+
+def milliseconds(engine: sim.Engine) -> tuple[float, int]:
+    """Shortest time of the kernel for one scenario, requests made and metrics tallied, and its steps."""
+    table = lower(Plan(engine, (), {}, {}), np.inf)
+    measured = Measured(0.0, np.array([0.5, 0.9, 0.95, 0.99]), np.empty(0))
+    results = Results.empty(True, 1, measured.width(table))
+    times = []
+    make = custom.token_kernel
+
+    def timed(own, job):
+        kernel = make(own, job)
+
+        def run(first, last, job):
+            outcome = kernel(first, last, job)
+            for _ in range(REPEAT):
+                begin = time.perf_counter()
+                outcome = kernel(first, last, job)
+                times.append(time.perf_counter() - begin)
+            return outcome
+
+        return run
+
+    custom.token_kernel = timed
+    try:
+        block = next(blocks(table, np.zeros(1, np.int64)))
+        run_token_block(table, block, measured, results, Workers(1))
+    finally:
+        custom.token_kernel = make
+    return 1000 * min(times), int(results.metrics[0, -1])
+
+
+def poisson(requests: int, slots: int = 256) -> sim.Engine:
+    """512/512 tokens at 10/s for 256 slots."""
+    load = sim.PoissonLoadGenerator(
+        request_rate=10 * slots / 256, requests=requests, prompt_tokens=512, output_tokens=512
+    )
+    batcher = sim.TokenBudgetBatcher(max_num_batched_tokens=2048)
+    return sim.Engine(max_batch_size=slots, load_generator=load, batcher=batcher, step_time=STEP)
+
+
+def cases() -> dict[str, tuple[sim.Engine, str]]:
+    """Engines, and the most milliseconds that each should take."""
+    found = {
+        "10,000 requests of 512/512 tokens at 10/s": (poisson(10_000), "2"),
+        "100,000 of them": (poisson(100_000), "20"),
+        **{
+            f"2,000 of them, {slots} slots, the rate to match": (poisson(2_000, slots), "")
+            for slots in (16, 64, 256, 1024)
+        },
+    }
+    if folder := os.environ.get("VECSIM_DATA"):
+        golden = Path(folder) / "golden"
+        with (golden / "dynosim" / "poisson5000_agg1_rr_nocache.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        dynamo = sim.Engine(
+            max_batch_size=256,
+            load_generator=sim.TraceLoadGenerator(
+                arrived_at=[float(row["arrival_ms"]) / 1000 for row in rows],
+                prompt_tokens=[int(row["input_length"]) for row in rows],
+                output_tokens=[int(row["output_length"]) for row in rows],
+            ),
+            batcher=sim.TokenBudgetBatcher(max_num_batched_tokens=8192),
+            kv_cache=sim.KVCache(blocks=16384, block_size=64),
+            step_time=sim.PolynomialStepTime(),
+        )
+        case = golden / "vidur" / "sarathi_c512_qps6.45"
+        vidur = sim.Engine(
+            max_batch_size=512,
+            load_generator=sim.read_trace(case / "requests.csv", "vidur"),
+            batcher=sim.ChunkedPrefillBatcher(chunk_tokens=512),
+            kv_cache=sim.KVCache(blocks=30208, watermark=0.01),
+            step_time=sim.TableStepTime(file=str(case / "step_tables_ms_per_layer.npz"), format="vidur"),
+        )
+        found["Dynamo's Poisson case, 5,000 requests"] = dynamo, "1"
+        found["Vidur's Sarathi case, 1,000 requests"] = vidur, "0.6"
+    return found
+
+
+if __name__ == "__main__":
+    print("| case | steps | ms | at most | ns a step |\n|---|---|---|---|---|")
+    for name, (engine, most) in cases().items():
+        took, steps = milliseconds(engine)
+        print(f"| {name} | {steps:,} | {took:.2f} | {most} | {1e6 * took / steps:.1f} |")
