@@ -144,7 +144,7 @@ def find(name: str, declaration: Declaration) -> str:
     if found:
         raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(found)}")
     hint = suggestion(name, [*paths, *(path.rpartition(".")[2] for path in paths)])
-    raise ValueError(f"unknown axis {name!r}{hint or ':'} fields are {', '.join(paths)}")
+    raise ValueError(f"unknown axis {name!r}{hint or ': fields are ' + ', '.join(paths)}")
 
 
 def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
@@ -215,15 +215,16 @@ def _resolve(engine: Declaration, given: Mapping[str, Any]) -> dict[str, tuple[s
     resolved: dict[str, tuple[str, Array]] = {}
     for name in _outermost_first(engine, given):
         paths = set()
-        lacking: list[str] = []
+        lacking: list[tuple[str, str]] = []
         for specimen in specimens.values():
             try:
                 paths.add(find(name, specimen))
             except ValueError as unknown:
                 kinds = [type(value).__name__ for _, value in fields(specimen) if isinstance(value, Declaration)]
-                lacking.append(f"{unknown}; with {', '.join(kinds)}" if len(specimens) > 1 else str(unknown))
+                lacking.append((str(unknown), f"; with {', '.join(kinds)}"))
         if lacking:
-            raise ValueError(lacking[0])
+            # Where some have such a field, tell which hasn't.
+            raise ValueError("".join(lacking[0]) if len(lacking) < len(specimens) else lacking[0][0])
         if len(paths) > 1:
             raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(sorted(paths))}")
         path = paths.pop()
