@@ -431,3 +431,17 @@ def test_a_sweep_gives_what_a_run_gives(kind, seed, light, warmup):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9, err_msg=str(name))
     for name, ours in run.requests.data_vars.items():
         np.testing.assert_array_equal(ours, swept[name], err_msg=str(name))
+
+
+def test_prompts_without_end_leave_what_was_noted_of_decodes_alone():
+    # Steps of prompts alone, one after the other, and not a single decode between them.
+    engine = sim.Engine(
+        max_batch_size=2,
+        load_generator=sim.BatchLoadGenerator(initial_batch=5000, prompt_tokens=10, output_tokens=1),
+        batcher=sim.PrefillFirstBatcher(max_num_batched_tokens=20),
+        step_time=STEP,
+        slo=sim.SLO(itl=1),
+    )
+    metrics = engine.run().metrics
+    assert int(metrics.completed) == 5000
+    assert float(metrics.slo_attainment) == 1

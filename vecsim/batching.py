@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 import msgspec
 
 from vecsim.declaration import Count, Declaration, Number, Offset, Range
+from vecsim.kernel.state import AS_SCHEDULED, FEWEST_TOKENS, LAST, LEAST_URGENT, RESERVED, WHOLE_PROMPT
 from vecsim.own import check_own, name_of, named, stands_for
 
 Order = Literal["fcfs", "shortest_prompt", "priority", "deadline", "shortest_output"]
@@ -18,10 +19,6 @@ ORDERS: tuple[str, ...] = get_args(Order)
 
 # More than any budget, length or number of blocks
 ENDLESS = 2**40
-
-# What holds a request's blocks, and who is preempted: as in `vecsim.kernel.token`
-AS_SCHEDULED, WHOLE_PROMPT, RESERVED = range(3)
-LAST, LEAST_URGENT, FEWEST_TOKENS = range(3)
 
 
 class Batcher(Declaration, frozen=True, kw_only=True, tag_field="type"):
@@ -43,6 +40,7 @@ class Batcher(Declaration, frozen=True, kw_only=True, tag_field="type"):
     async_scheduling: bool = False
 
     clocks: ClassVar[tuple[str, ...]] = ("token",)
+    needs_budget: ClassVar[bool] = False  # whether a step's tokens must be at least the slots
 
     @staticmethod
     def admit(batch: Any) -> int:
@@ -53,15 +51,12 @@ class Batcher(Declaration, frozen=True, kw_only=True, tag_field="type"):
         """Fields of `vecsim.kernel.state.Policy` that differ from the usual, by name."""
         raise NotImplementedError
 
-    def check_slots(self, slots: int) -> None:
-        """Refuse a number of slots that the batcher can't serve; see `Engine`."""
-
 
 def budget_of(tokens: int | None) -> int:
     return ENDLESS if tokens is None else tokens
 
 
-def check_budget(name: str, budget: int | None, slots: int) -> None:
+def check_budget(budget: float, slots: float) -> None:
     """A decode is never left out for want of budget.
 
     Raises
@@ -69,8 +64,8 @@ def check_budget(name: str, budget: int | None, slots: int) -> None:
     ValueError
         When there are more slots than tokens.
     """
-    if budget is not None and budget < slots:
-        raise ValueError(f"{name} must be >= max_batch_size ({slots}), got {budget}")
+    if budget < slots:
+        raise ValueError(f"max_num_batched_tokens must be >= max_batch_size ({slots:g}), got {budget:g}")
 
 
 class Reserving(Batcher, frozen=True, kw_only=True):
@@ -198,6 +193,8 @@ class TokenBudgetBatcher(Batcher, frozen=True, kw_only=True, tag=True):
     long_prefill_token_threshold: Offset = 0
     reserve_full_prompt: bool = False
 
+    needs_budget = True
+
     def policy(self) -> dict[str, Any]:
         return {
             "budget": self.max_num_batched_tokens,
@@ -205,12 +202,9 @@ class TokenBudgetBatcher(Batcher, frozen=True, kw_only=True, tag=True):
             "reserve_full_prompt": self.reserve_full_prompt,
         }
 
-    def check_slots(self, slots: int) -> None:
-        check_budget("max_num_batched_tokens", self.max_num_batched_tokens, slots)
 
-
-class NoEvictBatcher(Batcher, frozen=True, kw_only=True, tag=True):
-    """A request is admitted if its blocks to completion are free; nothing is ever preempted (TensorRT-LLM's default).
+class TensorRTBatcher(Batcher, frozen=True, kw_only=True):
+    """TensorRT-LLM's batchers.
 
     Parameters
     ----------
@@ -223,37 +217,21 @@ class NoEvictBatcher(Batcher, frozen=True, kw_only=True, tag=True):
     max_num_batched_tokens: Number | None = 8192
     chunked_prefill: bool = False
 
-    def policy(self) -> dict[str, Any]:
-        return {
-            "budget": budget_of(self.max_num_batched_tokens),
-            "chunked": self.chunked_prefill,
-            "hold": RESERVED,
-            "own_reserve": True,
-        }
-
-    def check_slots(self, slots: int) -> None:
-        check_budget("max_num_batched_tokens", self.max_num_batched_tokens, slots)
-
-
-class MaxUtilizationBatcher(Batcher, frozen=True, kw_only=True, tag=True):
-    """Only the blocks of this step; where there are none the last started request is paused (TensorRT-LLM).
-
-    Parameters
-    ----------
-    max_num_batched_tokens : int, optional
-        Tokens of a step, a decode counting as one. No limit unless given.
-    chunked_prefill : bool
-        Whether prompts may be split; unless they may, one that is longer than the budget is refused.
-    """
-
-    max_num_batched_tokens: Number | None = 8192
-    chunked_prefill: bool = False
+    needs_budget = True
 
     def policy(self) -> dict[str, Any]:
         return {"budget": budget_of(self.max_num_batched_tokens), "chunked": self.chunked_prefill}
 
-    def check_slots(self, slots: int) -> None:
-        check_budget("max_num_batched_tokens", self.max_num_batched_tokens, slots)
+
+class NoEvictBatcher(TensorRTBatcher, frozen=True, kw_only=True, tag=True):
+    """A request is admitted if its blocks to completion are free; none is ever preempted (TensorRT-LLM's default)."""
+
+    def policy(self) -> dict[str, Any]:
+        return {**super().policy(), "hold": RESERVED, "own_reserve": True}
+
+
+class MaxUtilizationBatcher(TensorRTBatcher, frozen=True, kw_only=True, tag=True):
+    """Only the blocks of this step; where there are none the last started request is paused (TensorRT-LLM)."""
 
 
 class SGLangBatcher(Batcher, frozen=True, kw_only=True, tag=True):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from vecsim.batching import AnyBatcher, CustomBatcher, IFBatcher
+from vecsim.batching import AnyBatcher, CustomBatcher, IFBatcher, check_budget
 from vecsim.declaration import Count, Declaration, Range
 from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator, TraceLoadGenerator
@@ -64,7 +64,9 @@ class Engine(Declaration, frozen=True, kw_only=True):
         if isinstance(self.batcher, CustomBatcher):
             check_own(self.batcher.rule, clock)
         if token:
-            self.batcher.check_slots(self.max_batch_size)
+            budget = getattr(self.batcher, "max_num_batched_tokens", None)
+            if self.batcher.needs_budget and budget is not None:
+                check_budget(budget, self.max_batch_size)
             self._check_memory()
             return
         for name, value, usual in (

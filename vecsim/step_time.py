@@ -278,7 +278,7 @@ AnyStepTime = TickStepTime | LinearStepTime | PolynomialStepTime | TableStepTime
 def kernel_of(step_time: StepTime, kv_tokens: int, per_step: float) -> dict[str, Any]:
     """What a step time is in the kernel, without a table's arrays.
 
-    Fields of `vecsim.kernel.state.StepModel` by name.
+    Fields of `vecsim.kernel.state.Formula` by name, and `context_step`.
     """
     numbers = (*step_time.coefficients(), *[0.0] * 7)[:7]
     return {

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from vecsim.batching import CustomBatcher, policy_of
+from vecsim.batching import CustomBatcher, check_budget, policy_of
 from vecsim.engine import Engine
 from vecsim.kernel.state import Array
 from vecsim.kv_cache import KVCache
@@ -132,7 +132,7 @@ def token_parameters(
         **kernel_of(step_time, memory["blocks"] * memory["block_size"], engine.overheads.per_step),
         "tables": tables[0],
         "terms": tables[1],
-        "least_budget": getattr(batcher, "max_num_batched_tokens", None) is not None and _needs_budget(batcher),
+        "needs_budget": batcher.needs_budget,
         "arrivals": load.arrivals,
         "request_rate": 1.0,
         "requests": ENDLESS_REQUESTS,
@@ -174,15 +174,6 @@ def token_parameters(
     return streams, row
 
 
-def _needs_budget(batcher: Any) -> bool:
-    """Whether the batcher refuses a budget below the slots."""
-    try:
-        batcher.check_slots(2**30)
-    except ValueError:
-        return True
-    return False
-
-
 def check_columns(columns: dict[str, Array]) -> None:
     """Refuse combinations of axes that no declaration was made of.
 
@@ -191,12 +182,10 @@ def check_columns(columns: dict[str, Array]) -> None:
     ValueError
         When a budget is below the slots.
     """
-    budget, slots, least = np.broadcast_arrays(columns["budget"], columns["slots"], columns["least_budget"])
-    wrong = (least > 0) & (budget < slots)
+    budget, slots, needs = np.broadcast_arrays(columns["budget"], columns["slots"], columns["needs_budget"])
+    wrong = (needs > 0) & (budget < slots)
     if wrong.any():
-        raise ValueError(
-            f"max_num_batched_tokens must be >= max_batch_size ({slots[wrong][0]:g}), got {budget[wrong][0]:g}"
-        )
+        check_budget(budget[wrong][0], slots[wrong][0])
 
 
 def token_requests_needed(columns: dict[str, Array], time_limit: float, more: float) -> Array:

@@ -138,7 +138,7 @@ def run_token_block(
 
 def trimmed(record: StepRecord, work: TokenWork) -> StepRecord:
     """The steps that were made, of all that there is room for."""
-    from vecsim.kernel.token import ALL_STEPS
+    from vecsim.kernel.token_state import ALL_STEPS
 
     made = int(work.counts[ALL_STEPS])
     return StepRecord(record.times[:, :made], record.counts[:, :made])
@@ -223,7 +223,7 @@ class Room:
 
     def make(self) -> tuple[TokenScratch, TokenWork, tuple[Array, Array, Array, Array]]:
         """Room for one thread."""
-        from vecsim.kernel import token as loop
+        from vecsim.kernel import token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
         from vecsim.kernel.quantiles import BINS
         from vecsim.kernel.tally import LATENCIES
@@ -253,14 +253,14 @@ class Room:
             bins=np.empty(n, np.uint16),
             bin_counts=np.empty(BINS, np.int32),
             bin_places=np.empty(BINS, np.int32),
-            gap_values=np.empty(loop.GAP_BINS),
+            gap_values=np.empty(token_state.GAP_BINS),
         )
         work = TokenWork(
-            counts=np.zeros(loop.COUNTS, np.int64),
-            sums=np.zeros(loop.SUMS),
-            gaps=np.zeros(loop.GAP_BINS, np.int64),
-            own=whole(loop.OWN_ROWS, n),
-            times=np.zeros((loop.TIME_ROWS, n)),
+            counts=np.zeros(token_state.COUNTS, np.int64),
+            sums=np.zeros(token_state.SUMS),
+            gaps=np.zeros(token_state.GAP_BINS, np.int64),
+            own=whole(token_state.OWN_ROWS, n),
+            times=np.zeros((token_state.TIME_ROWS, n)),
             first=whole(ring),
             unclip=whole(ring),
             residues=whole(self.block_size),
@@ -274,7 +274,7 @@ class Room:
             ended=whole(slots),
             joined=whole(slots),
             joined_at=np.empty(slots),
-            newcomers=whole(2 * slots),
+            newcomers=whole(slots),
             late=np.zeros(self.classes, np.int64),
             starving=whole(2 * slots),
         )

@@ -19,6 +19,7 @@ from vecsim.kernel.state import (
     Array,
     Batch,
     Cache,
+    Formula,
     Job,
     Memory,
     Outcome,
@@ -114,7 +115,7 @@ LOOP_ARGUMENTS = tuple(
     for value in (
         like(Policy),
         like(Memory),
-        like(StepModel, terms=np.empty((0, 0)), grids=FLOATS, values=FLOATS, outside=NUMBERS),
+        like(StepModel, formula=like(Formula), terms=np.empty((0, 0)), grids=FLOATS, values=FLOATS, outside=NUMBERS),
         like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS, itl_limits=FLOATS),
         like(
             TokenWork,

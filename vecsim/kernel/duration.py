@@ -48,55 +48,72 @@ def look_up(terms, grids, term, other, x):
 
 
 @inlined
-def aggregate(axis, prefill_requests, prefill_tokens, squares, prefill_context, decode_requests, decode_context):
+def step_of(
+    formula, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context
+):
+    """What a step does, as a `StepBatch`."""
+    return StepBatch(
+        whole(prefill_requests),
+        whole(prefill_tokens),
+        attention,
+        squares,
+        whole(prefill_context),
+        whole(decode_requests),
+        whole(decode_context),
+        formula.kv_tokens,
+        formula.a,
+    )
+
+
+@inlined
+def decodes_of(formula, decoding, context):
+    """A step of decodes alone."""
+    return step_of(formula, 0, 0, 0.0, 0.0, 0, decoding, context)
+
+
+@inlined
+def aggregate(axis, step):
     """What an axis of a table is about."""
     if axis == TOKENS:
-        return float(prefill_tokens + decode_requests)
+        return float(step.prefill_tokens + step.decode_requests)
     if axis == REQUESTS:
-        return float(prefill_requests + decode_requests)
+        return float(step.prefill_requests + step.decode_requests)
     if axis == PREFILL_TOKENS:
-        return float(prefill_tokens)
+        return float(step.prefill_tokens)
     if axis == PREFILL_REQUESTS:
-        return float(prefill_requests)
+        return float(step.prefill_requests)
     if axis == PREFILL_CONTEXT:
-        return float(prefill_context)
+        return float(step.prefill_context)
     if axis == PREFILL_CHUNK:
-        return math.sqrt(squares)
+        return math.sqrt(step.prefill_squares)
     if axis == DECODE_REQUESTS:
-        return float(decode_requests)
+        return float(step.decode_requests)
     if axis == DECODE_CONTEXT:
-        return float(decode_context)
-    return float(decode_context // max(decode_requests, 1))
+        return float(step.decode_context)
+    return float(step.decode_context // max(step.decode_requests, 1))
 
 
 @bare
-def from_tables(
-    terms, grids, values, outside, prefill_requests, prefill_tokens, squares, prefill_context, decode_requests,
-    decode_context,
-):  # fmt: skip
+def from_tables(terms, grids, values, outside, step):
     """The sum of a table's terms; notes in `outside` that it had to extrapolate."""
     total = 0.0
     for term in range(terms.shape[0]):
         axis = int(terms[term, AXIS])
-        concerned = prefill_requests + decode_requests
+        concerned = step.prefill_requests + step.decode_requests
         if PREFILL_TOKENS <= axis <= PREFILL_CHUNK:
-            concerned = prefill_requests
+            concerned = step.prefill_requests
         elif axis >= DECODE_REQUESTS:
-            concerned = decode_requests
+            concerned = step.decode_requests
         if concerned == 0:
             continue
         begin = int(terms[term, VALUES_AT])
-        x = aggregate(axis, prefill_requests, prefill_tokens, squares, prefill_context, decode_requests, decode_context)
-        place, weight = look_up(terms, grids, term, 0, x)
+        place, weight = look_up(terms, grids, term, 0, aggregate(axis, step))
         is_outside = weight < 0.0 or weight > 1.0
         if terms[term, AXIS + 1] < 0:
             low, high = values[unsigned(begin + place)], values[unsigned(begin + place + 1)]
             seconds = low + (high - low) * weight if weight != 1.0 else high
         else:
-            x = aggregate(
-                int(terms[term, AXIS + 1]), prefill_requests, prefill_tokens, squares, prefill_context, decode_requests,
-                decode_context,
-            )  # fmt: skip
+            x = aggregate(int(terms[term, AXIS + 1]), step)
             other, other_weight = look_up(terms, grids, term, 1, x)
             is_outside |= other_weight < 0.0 or other_weight > 1.0
             width = int(terms[term, SIZE + 1])
@@ -115,85 +132,48 @@ def from_tables(
 
 
 @inlined
-def by_formula(
-    model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
-):  # fmt: skip
+def by_formula(formula, step):
     """Seconds that a step takes where they come from a formula."""
-    if model.code == LINEAR:
+    if formula.code == LINEAR:
         seconds = (
-            model.a
-            + model.b * (prefill_requests + decode_requests)
-            + model.c * prefill_tokens
-            + model.d * decode_requests
-            + model.e * decode_context
-            + model.f * attention
-            + (model.g if prefill_requests > 0 else 0.0)
+            formula.a
+            + formula.b * (step.prefill_requests + step.decode_requests)
+            + formula.c * step.prefill_tokens
+            + formula.d * step.decode_requests
+            + formula.e * step.decode_context
+            + formula.f * step.prefill_attention
+            + (formula.g if step.prefill_requests > 0 else 0.0)
         )
     else:
         seconds = 0.0
-        if prefill_requests > 0:
-            n = float(prefill_requests * (prefill_tokens // prefill_requests))
-            seconds = (model.a * n + model.b) * n + model.c
-        if decode_requests > 0:
-            u = min(1.0, decode_context / model.kv_tokens)
-            seconds += max(model.g, (model.d * u + model.e) * u + model.f)
-    return seconds + model.per_step
+        if step.prefill_requests > 0:
+            n = float(step.prefill_requests * (step.prefill_tokens // step.prefill_requests))
+            seconds = (formula.a * n + formula.b) * n + formula.c
+        if step.decode_requests > 0:
+            u = min(1.0, step.decode_context / formula.kv_tokens)
+            seconds += max(formula.g, (formula.d * u + formula.e) * u + formula.f)
+    return seconds + formula.per_step
 
 
 @bare
-def by_call(
-    model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
-):  # fmt: skip
+def by_call(model, step, own):
     """Seconds that a step takes where they come from tables, or from a rule of the user's own."""
-    if model.code == TABLE:
-        seconds = from_tables(
-            model.terms, model.grids, model.values, model.outside, prefill_requests, prefill_tokens, squares,
-            prefill_context, decode_requests, decode_context,
-        )  # fmt: skip
+    if model.formula.code == TABLE:
+        seconds = from_tables(model.terms, model.grids, model.values, model.outside, step)
     else:
-        seconds = np.float64(
-            own(
-                StepBatch(
-                    whole(prefill_requests),
-                    whole(prefill_tokens),
-                    attention,
-                    squares,
-                    whole(prefill_context),
-                    whole(decode_requests),
-                    whole(decode_context),
-                    model.kv_tokens,
-                    model.a,
-                )
-            )
-        )
-    return seconds + model.per_step
+        seconds = np.float64(own(step))
+    return seconds + model.formula.per_step
 
 
 @inlined
-def duration(
-    model, prefill_requests, prefill_tokens, attention, squares, prefill_context, decode_requests, decode_context, own
-):  # fmt: skip
+def is_formula(formula):
+    """Whether seconds come from a formula."""
+    return formula.code in (LINEAR, POLYNOMIAL)
+
+
+@inlined
+def duration(model, step, own):
     """Seconds that a step takes; `own` is a rule of the user's own."""
-    if model.code in (LINEAR, POLYNOMIAL):
-        return by_formula(
-            model,
-            prefill_requests,
-            prefill_tokens,
-            attention,
-            squares,
-            prefill_context,
-            decode_requests,
-            decode_context,
-            own,
-        )
-    return by_call(
-        model,
-        prefill_requests,
-        prefill_tokens,
-        attention,
-        squares,
-        prefill_context,
-        decode_requests,
-        decode_context,
-        own,
-    )
+    if is_formula(model.formula):
+        return by_formula(model.formula, step)
+    return by_call(model, step, own)

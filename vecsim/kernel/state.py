@@ -12,6 +12,13 @@ NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, EXPONENTIAL_DRAWS, GAMMA_DRAWS, RECORDED 
 # returned what can't be, there are more steps than room for their record, or a step's duration can't be
 DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED, OUT_OF_STEPS, BAD_DURATION = range(6)
 
+# What holds a request's blocks in the token model: those that its computed tokens need, those of its whole prompt from
+# the start, or what was reserved when it was admitted
+AS_SCHEDULED, WHOLE_PROMPT, RESERVED = range(3)
+
+# Who is preempted there
+LAST, LEAST_URGENT, FEWEST_TOKENS = range(3)
+
 Array = NDArray[Any]
 
 
@@ -225,10 +232,10 @@ class Memory(NamedTuple):
     front: bool  # freed blocks without an id are taken first
 
 
-class StepModel(NamedTuple):
-    """A step time (scalars, and arrays of tables)."""
+class Formula(NamedTuple):
+    """The numbers of a step time (scalars)."""
 
-    code: int  # of `vecsim.step_time.duration`
+    code: int  # of the kind of step time, as in `vecsim.step_time`
     a: float
     b: float
     c: float
@@ -238,26 +245,17 @@ class StepModel(NamedTuple):
     g: float
     per_step: float  # seconds added to each
     kv_tokens: int  # that KV memory has room for
+
+
+class StepModel(NamedTuple):
+    """A step time: its numbers, and the arrays of its tables."""
+
+    formula: Formula
     context_step: int  # that prefill contexts are rounded up to
-    terms: Array  # [term, field] of a table
+    terms: Array  # [term, field]
     grids: Array
     values: Array
     outside: Array  # [1] steps that were outside the table
-
-
-class Formula(NamedTuple):
-    """The numbers of a `StepModel` that comes from a formula."""
-
-    code: int
-    a: float
-    b: float
-    c: float
-    d: float
-    e: float
-    f: float
-    g: float
-    per_step: float
-    kv_tokens: int
 
 
 class TokenLoad(NamedTuple):

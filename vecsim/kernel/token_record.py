@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vecsim.kernel import token as loop
+from vecsim.kernel import token_state
 from vecsim.kernel.jit import entry
 from vecsim.kernel.token_scenarios import AT_COMPLETION, PER_TOKEN
 
@@ -17,21 +17,21 @@ def write_token_record(row, requests, job, record):
     p = job.scenarios[row]
     kept = 0
     for i in range(requests):
-        state = own[loop.STATE, i]
-        if state == loop.UNSEEN:
+        state = own[token_state.STATE, i]
+        if state == token_state.UNSEEN:
             continue
         length = scratch.output_tokens[i]
         record.arrived_at[row, kept] = scratch.arrived_at[i]
         record.prompt_tokens[row, kept] = scratch.prompt_tokens[i]
         record.output_tokens[row, kept] = length
         record.class_number[row, kept] = scratch.classes[i]
-        record.refused[row, kept] = state == loop.DROPPED_AT_ONCE
-        if state != loop.DROPPED_AT_ONCE:
-            record.started_at[row, kept] = times[loop.STARTED_AT, i]
-            record.first_token_at[row, kept] = times[loop.FIRST_AT, i] + p[PER_TOKEN]
-            record.completed_at[row, kept] = times[loop.ENDED_AT, i] + length * p[PER_TOKEN] + p[AT_COMPLETION]
-            record.hit_tokens[row, kept] = own[loop.HIT, i]
-            record.preempted[row, kept] = own[loop.PREEMPTIONS, i]
+        record.refused[row, kept] = state == token_state.DROPPED_AT_ONCE
+        if state != token_state.DROPPED_AT_ONCE:
+            record.started_at[row, kept] = times[token_state.STARTED_AT, i]
+            record.first_token_at[row, kept] = times[token_state.FIRST_AT, i] + p[PER_TOKEN]
+            record.completed_at[row, kept] = times[token_state.ENDED_AT, i] + length * p[PER_TOKEN] + p[AT_COMPLETION]
+            record.hit_tokens[row, kept] = own[token_state.HIT, i]
+            record.preempted[row, kept] = own[token_state.PREEMPTIONS, i]
         kept += 1
     record.arrived_at[row, kept:] = np.nan
     return kept

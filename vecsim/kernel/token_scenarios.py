@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vecsim.kernel import token as loop
+from vecsim.kernel import token_state
 from vecsim.kernel.jit import bare, entry, inner, unsigned
 from vecsim.kernel.quantiles import weighted_quantiles
 from vecsim.kernel.scenarios import fill_arrivals
@@ -11,6 +11,7 @@ from vecsim.kernel.state import (
     INTERRUPTED,
     OUT_OF_REQUESTS,
     Cache,
+    Formula,
     Memory,
     Policy,
     StepModel,
@@ -24,7 +25,8 @@ from vecsim.load import AT_ONCE, CAP, CLASS, CLOSED, EVENLY, GROUP, OUTPUT, PIEC
 FIELDS = (
     *Policy._fields,
     *Memory._fields,
-    *StepModel._fields[:-4],
+    *Formula._fields,
+    "context_step",
     "tables",  # first term of its step-time table, and how many it has
     "terms",
     "arrivals",
@@ -90,11 +92,12 @@ def memory_of(p):
 @inner
 def model_of(p, streams):
     first, terms = int(p[TABLES]), int(p[TERMS])
-    return StepModel(
+    formula = Formula(
         int(p[MODEL]), p[MODEL + 1], p[MODEL + 2], p[MODEL + 3], p[MODEL + 4], p[MODEL + 5], p[MODEL + 6], p[MODEL + 7],
-        p[MODEL + 8], int(p[MODEL + 9]), int(p[MODEL + 10]), streams.terms[first : first + terms], streams.grids,
-        streams.values, streams.outside,
+        p[MODEL + 8], int(p[MODEL + 9]),
     )  # fmt: skip
+    terms_of_it = streams.terms[first : first + terms]
+    return StepModel(formula, int(p[MODEL + 10]), terms_of_it, streams.grids, streams.values, streams.outside)
 
 
 @bare
@@ -262,12 +265,12 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
     per_token, at_completion = load.per_token, load.at_completion
     values = scratch.values
     e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
-    end_time = sums[loop.END_TIME]
+    end_time = sums[token_state.END_TIME]
     queue_time_sum = ttft_sum = e2e_sum = tpot_sum = 0.0
     queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
     queue_time_min = ttft_min = e2e_min = tpot_min = np.inf
     arrived = started = first_tokens = completed = tpots = tokens = dropped = preempted = good = 0
-    backlog = sums[loop.BACKLOG]
+    backlog = sums[token_state.BACKLOG]
     number_of_classes = int(p[CLASSES])
     first_class = int(p[FIRST_CLASS])
     stats = wanted.size + 2
@@ -277,20 +280,20 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
         by_class[i] = 0.0
     for i in range(n):
         r = unsigned(i)
-        state = own[loop.STATE, r]
-        if state == loop.UNSEEN:
+        state = own[token_state.STATE, r]
+        if state == token_state.UNSEEN:
             continue
         came = arrived_at[r]
-        if state == loop.QUEUED:
-            backlog += max(end_time - max(times[loop.SINCE, r], warmup), 0.0)
+        if state == token_state.QUEUED:
+            backlog += max(end_time - max(times[token_state.SINCE, r], warmup), 0.0)
         if came < warmup:
             continue
         arrived += 1
-        if state == loop.DROPPED_AT_ONCE:
+        if state == token_state.DROPPED_AT_ONCE:
             dropped += 1
             continue
-        preempted += own[loop.PREEMPTIONS, r]
-        value = times[loop.STARTED_AT, r] - came
+        preempted += own[token_state.PREEMPTIONS, r]
+        value = times[token_state.STARTED_AT, r] - came
         if not value >= 0.0:  # it has not started
             continue
         queue_time[unsigned(started)] = value
@@ -298,7 +301,7 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
         queue_time_max = max(queue_time_max, value)
         queue_time_min = min(queue_time_min, value)
         started += 1
-        first = times[loop.FIRST_AT, r] - came + per_token
+        first = times[token_state.FIRST_AT, r] - came + per_token
         if not first >= 0.0:
             continue
         ttft[unsigned(first_tokens)] = first
@@ -306,12 +309,12 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
         ttft_max = max(ttft_max, first)
         ttft_min = min(ttft_min, first)
         first_tokens += 1
-        if state != loop.GONE:
-            tokens += loop.generated(counts, own, i)
+        if state != token_state.GONE:
+            tokens += token_state.generated(counts, own, i)
             continue
         length = int(output[r])
         tokens += length
-        last = times[loop.ENDED_AT, r] - came + length * per_token
+        last = times[token_state.ENDED_AT, r] - came + length * per_token
         value = last + at_completion
         e2e[unsigned(completed)] = value
         e2e_sum += value
@@ -332,7 +335,7 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
             first > classes[TTFT_LIMIT, at]
             or mean_gap > classes[TPOT_LIMIT, at]
             or value > classes[E2E_LIMIT, at]
-            or own[loop.LATE, r] < 0
+            or own[token_state.LATE, r] < 0
         ):
             good += 1
             if number_of_classes > 0:
@@ -348,24 +351,24 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
     )  # fmt: skip
     at = 4 * stats
     row = out[at : at + stats]
-    gaps = counts[loop.GAPS]
+    gaps = counts[token_state.GAPS]
     if gaps > 0:
-        low, high = counts[loop.GAP_LOW], counts[loop.GAP_HIGH]
+        low, high = counts[token_state.GAP_LOW], counts[token_state.GAP_HIGH]
         middles = scratch.gap_values[: high - low + 1]
         for i in range(middles.size):
-            middles[i] = loop.gap_of(low + i)
-        row[0] = sums[loop.GAP_SUM] / gaps + per_token
+            middles[i] = token_state.gap_of(low + i)
+        row[0] = sums[token_state.GAP_SUM] / gaps + per_token
         weighted_quantiles(middles, work.gaps[low : high + 1], gaps, wanted, row[1:-1])
         for i in range(1, stats - 1):
-            row[i] = min(row[i], sums[loop.GAP_MAX]) + per_token
-        row[stats - 1] = sums[loop.GAP_MAX] + per_token
+            row[i] = min(row[i], sums[token_state.GAP_MAX]) + per_token
+        row[stats - 1] = sums[token_state.GAP_MAX] + per_token
     else:
         row[:] = np.nan
     at += stats
     spent = end_time - warmup
-    steps = counts[loop.STEPS]
+    steps = counts[token_state.STEPS]
     endless = memory.blocks == ENDLESS_BLOCKS
-    known = counts[loop.PROMPT_TOKENS]
+    known = counts[token_state.PROMPT_TOKENS]
     out[at] = arrived
     out[at + 1] = started
     out[at + 2] = first_tokens
@@ -377,15 +380,15 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
     out[at + 8] = tokens / spent if spent > 0.0 else np.nan
     out[at + 9] = good / spent if spent > 0.0 else np.nan
     out[at + 10] = good / (completed + dropped) if completed + dropped > 0 else np.nan
-    out[at + 11] = counts[loop.WAITING]
+    out[at + 11] = counts[token_state.WAITING]
     out[at + 12] = backlog / spent if spent > 0.0 else np.nan
-    out[at + 13] = counts[loop.MAX_QUEUE]
-    out[at + 14] = sums[loop.BUSY] / (policy.slots * spent) if spent > 0.0 else np.nan
-    out[at + 15] = sums[loop.USED] / (memory.blocks * spent) if spent > 0.0 and not endless else np.nan
-    out[at + 16] = counts[loop.PEAK] / memory.blocks if not endless else np.nan
-    out[at + 17] = counts[loop.HIT_TOKENS] / known if known > 0 else np.nan
-    out[at + 18] = counts[loop.SCHEDULED] / steps if steps > 0 else np.nan
-    out[at + 19] = counts[loop.TOKENS] / steps if steps > 0 else np.nan
+    out[at + 13] = counts[token_state.MAX_QUEUE]
+    out[at + 14] = sums[token_state.BUSY] / (policy.slots * spent) if spent > 0.0 else np.nan
+    out[at + 15] = sums[token_state.USED] / (memory.blocks * spent) if spent > 0.0 and not endless else np.nan
+    out[at + 16] = counts[token_state.PEAK] / memory.blocks if not endless else np.nan
+    out[at + 17] = counts[token_state.HIT_TOKENS] / known if known > 0 else np.nan
+    out[at + 18] = counts[token_state.SCHEDULED] / steps if steps > 0 else np.nan
+    out[at + 19] = counts[token_state.TOKENS] / steps if steps > 0 else np.nan
     out[at + 20] = end_time
     out[at + 21] = steps
     for class_ in range(number_of_classes):
@@ -473,6 +476,6 @@ def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
             break
         if status != DONE:
             continue
-        job.enqueued[row] = work.counts[loop.ENQUEUED]
+        job.enqueued[row] = work.counts[token_state.ENQUEUED]
         tally(p, policy, memory, load, work, scratch, streams.classes, job.warmup, n, job.quantiles, job.metrics[row])
     return status, n
