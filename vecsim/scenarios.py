@@ -1,5 +1,6 @@
 """The lowering: a declaration and axes -> one table of parameter columns, cut in blocks that fit in memory."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -359,6 +360,13 @@ def own_rule(table: Table, rows: Array) -> Array:
     if table.token is not None:
         return table.at("functions", rows)
     return np.maximum(table.at("batcher", rows) - len(BATCHERS), -1)
+
+
+def same_rule(own: Array, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """(rule, begin, end) of each run of scenarios in [first, last) that have the same rule of the user's own."""
+    cuts = first + 1 + np.flatnonzero(np.diff(own[first:last]))
+    for begin, end in itertools.pairwise((first, *cuts.tolist(), last)):
+        yield int(own[begin]), begin, end
 
 
 def _largest(stream: Array, needed: Array, streams: int) -> Array:

@@ -1,6 +1,5 @@
 """Run a table of scenarios: draw the streams of a block, run its scenarios on threads, next block."""
 
-import itertools
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,9 +20,10 @@ from vecsim.kernel.state import (
     StepRecord,
     TokenRecord,
 )
-from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed
+from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed, same_rule
+from vecsim.streams import draw_streams
 from vecsim.threads import INLINE, Workers, available_threads
-from vecsim.token_simulate import check_token_memory, new_streams, run_token_block
+from vecsim.token_simulate import check_token_memory, run_token_block
 from vecsim.variables import row_width
 
 NOTHING = np.empty(0)
@@ -210,12 +210,9 @@ def _run_block(
 
     Returns the status of each, and, if requests are recorded, outcome and scratch of one that was run last.
     """
-    from vecsim.kernel.scenarios import draw_arrivals, draw_lengths, run_scenarios
+    from vecsim.kernel.scenarios import run_scenarios
 
-    rules = block.own
-
-    lengths = new_streams(block.length_sizes, np.int32)
-    arrivals = new_streams(block.arrival_sizes, np.float64)
+    lengths, arrivals = draw_streams(table, block, NOTHING, workers)
     size = block.rows.size
     status = np.full(size, INTERRUPTED, np.int64)
     own = threading.local()
@@ -225,12 +222,6 @@ def _run_block(
         if not hasattr(own, "scratch"):
             own.scratch = latest["scratch"] = _new_scratch(block, table.time_limit, int(lengths.longest.max()))
         return own.scratch
-
-    def draw_some_lengths(first: int, last: int) -> None:
-        draw_lengths(first, last, block.lengths, table.tables, lengths, workers.stop)
-
-    def draw_some_arrivals(first: int, last: int) -> None:
-        draw_arrivals(first, last, block.arrivals, NOTHING, arrivals, workers.stop)
 
     def job() -> Job:
         return Job(
@@ -248,9 +239,8 @@ def _run_block(
         )
 
     def run_some(first: int, last: int) -> Outcome:
-        cuts = first + 1 + np.flatnonzero(np.diff(rules[first:last]))
-        for begin, end in itertools.pairwise((first, *cuts.tolist(), last)):
-            outcome = kernels[rules[begin]](begin, end, job())
+        for rule, begin, end in same_rule(block.own, first, last):
+            outcome = kernels[rule](begin, end, job())
         return outcome
 
     def run_and_record(first: int, last: int) -> None:
@@ -263,10 +253,6 @@ def _run_block(
             if status[row] == DONE and keeps_queue:
                 write_queue(row, measured.instants, scratch(), outcome, results.queue)
 
-    passed_over = int(block.lengths.offset.sum())
-    workers.share(draw_some_lengths, lengths.size.size, lengths.values.size + passed_over)
-    if arrivals.values.size:
-        workers.share(draw_some_arrivals, arrivals.size.size, arrivals.values.size)
     own_kernels = [_own_kernel(rule, job()) for rule in table.rules]
     kernels = [*own_kernels, run_scenarios]  # -1 is the last
     keeps_requests, keeps_queue = results.record.slot.shape[1] > 0, measured.instants.size > 0
@@ -279,18 +265,13 @@ def _run_block(
 
 def _own_kernel(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome]:
     """What runs scenarios of a rule of the user's own; a ValueError when it raises or returns what can't be."""
-    from vecsim.kernel.custom import make_run_scenarios
+    from vecsim.kernel.custom import guarded, make_run_scenarios
 
-    run_scenarios = make_run_scenarios(rule, job)
     name = rule.py_func.__name__
+    run_scenarios = guarded(make_run_scenarios(rule, job), name)
 
     def run(first: int, last: int, job: Job) -> Outcome:
-        try:
-            outcome = run_scenarios(first, last, job)
-        except MemoryError:  # not the rule's
-            raise
-        except Exception as error:
-            raise ValueError(f"rule {name} raised {type(error).__name__}: {error}") from error
+        outcome = run_scenarios(first, last, job)
         if outcome.status == REFUSED:
             row = first + int(np.argmax(job.status[first:last] == REFUSED))
             free = int(job.scenarios.max_batch_size[row]) - outcome.running

@@ -1,6 +1,5 @@
 """Run a block of scenarios of the token model: draw its streams, give each thread room, call the kernels."""
 
-import itertools
 import threading
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,8 @@ from vecsim.kernel.state import (
     TokenWork,
 )
 from vecsim.load import OUTPUT, PROMPT, TURNS
-from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed
+from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_rule
+from vecsim.streams import draw_streams, values_of
 from vecsim.threads import INLINE, Workers
 
 BYTES_PER_REQUEST = 240  # of a thread's room
@@ -33,12 +33,6 @@ class TokenRun(NamedTuple):
 
     requests: int
     steps: StepRecord
-
-
-def new_streams(sizes: Array, dtype: Any) -> Streams:
-    """Room for streams of given sizes."""
-    start = np.cumsum(sizes) - sizes
-    return Streams(start, sizes, np.zeros(sizes.size, np.int64), np.empty(int(sizes.sum()), dtype))
 
 
 def run_token_block(
@@ -64,26 +58,13 @@ def run_token_block(
     run : TokenRun or None
         Of the scenario that was run last.
     """
-    from vecsim.kernel.custom import token_kernel
-    from vecsim.kernel.scenarios import draw_arrivals, draw_lengths
+    from vecsim.kernel.token_custom import token_kernel
     from vecsim.kernel.token_record import write_token_record
 
     shared = table.token
     assert shared is not None
-    numbers = new_streams(block.length_sizes, np.int32)
-    arrivals = new_streams(block.arrival_sizes, np.float64)
-    times = np.concatenate(shared.times) if shared.times else np.empty(0)
-
-    def draw_some_lengths(first: int, last: int) -> None:
-        draw_lengths(first, last, block.lengths, table.tables, numbers, workers.stop)
-
-    def draw_some_arrivals(first: int, last: int) -> None:
-        draw_arrivals(first, last, block.arrivals, times, arrivals, workers.stop)
-
-    workers.share(draw_some_lengths, numbers.size.size, numbers.values.size + int(block.lengths.offset.sum()))
-    if arrivals.values.size:
-        workers.share(draw_some_arrivals, arrivals.size.size, arrivals.values.size)
-
+    recorded = np.concatenate(shared.times) if shared.times else np.empty(0)
+    numbers, arrivals = draw_streams(table, block, recorded, workers)
     streams = token_streams(table, numbers, arrivals)
     size = block.rows.size
     status = np.full(size, INTERRUPTED, np.int64)
@@ -103,17 +84,16 @@ def run_token_block(
         )  # fmt: skip
 
     kernels = {
-        place: token_kernel(table.rules[place] if place >= 0 else (None, None), job()) for place in set(block.own)
+        rule: token_kernel(table.rules[rule] if rule >= 0 else (None, None), job()) for rule in set(block.own.tolist())
     }
 
     def run_some(first: int, last: int) -> tuple[int, int]:
-        cuts = first + 1 + np.flatnonzero(np.diff(block.own[first:last]))
         outcome = DONE, 0
-        for begin, end in itertools.pairwise((first, *cuts.tolist(), last)):
-            outcome = kernels[block.own[begin]](begin, end, job())
+        for rule, begin, end in same_rule(block.own, first, last):
+            outcome = kernels[rule](begin, end, job())
             refused = np.flatnonzero(status[begin:end] == BAD_DURATION)
             if refused.size:
-                raise ValueError(bad_duration(table, block, begin + int(refused[0]), own.room[1]))
+                raise ValueError(bad_duration(table, rule))
         return outcome
 
     keeps_requests = results.record.arrived_at.shape[1] > 0
@@ -144,9 +124,9 @@ def trimmed(record: StepRecord, work: TokenWork) -> StepRecord:
     return StepRecord(record.times[:, :made], record.counts[:, :made])
 
 
-def bad_duration(table: Table, block: Block, row: int, work: TokenWork) -> str:
-    """What to say of a step whose duration can't be."""
-    rule = table.rules[block.own[row]][1] if block.own[row] >= 0 else None
+def bad_duration(table: Table, place: int) -> str:
+    """What to say of a step whose duration can't be; `place` is that of its rule in the table's."""
+    rule = table.rules[place][1] if place >= 0 else None
     name = f"rule {rule.py_func.__name__}" if rule is not None else "the step time"
     return f"{name} must return a number of seconds > 0 that is no infinity, and is more than the clock's last digit"
 
@@ -197,28 +177,24 @@ class Room:
     ) -> tuple[int, int, int]:
         """(ids of blocks, blocks of requests that have given ids, nodes), at most."""
         ids = with_ids = nodes = 0
-        for row in np.flatnonzero(column["caching"]):
-            size = column["block_size"][row]
-            own_ids = own_with = 0.0
-            if column["trace"][row] >= 0:
-                own_ids = streams.ids.size * column["id_blocks"][row]
-                own_with = own_ids
+        names = ("block_size", "trace", "id_blocks", "prefix_tokens", "prefix_groups", "sessions", "blocks")
+        cached = np.flatnonzero(column["caching"])
+        talk = block.stream[cached][:, [PROMPT, OUTPUT, TURNS]] * column["sessions"][cached, np.newaxis]
+        different = np.unique(np.column_stack([*(column[name][cached] for name in names), talk]), axis=0)
+        for size, trace, id_blocks, prefix_tokens, groups, sessions, blocks, prompt, output, turns in different:
+            if trace >= 0:
+                own_ids = own_with = streams.ids.size * id_blocks
             else:
-                prefix = column["prefix_tokens"][row] // size
-                own_ids = prefix * column["prefix_groups"][row]
-                own_with = prefix * self.requests
-                if column["sessions"][row]:
-                    turns = int(numbers.longest[block.stream[row, TURNS]])
-                    tokens = sum(
-                        float(_stream(numbers, block.stream[row, kind]).sum(dtype=np.int64))
-                        for kind in (PROMPT, OUTPUT)
-                    )
+                prefix = prefix_tokens // size
+                own_ids, own_with = prefix * groups, prefix * self.requests
+                if sessions:
+                    tokens = sum(float(values_of(numbers, int(at)).sum(dtype=np.int64)) for at in (prompt, output))
                     own = tokens / size + self.requests
                     own_ids += own
-                    own_with += turns * own
+                    own_with += int(numbers.longest[int(turns)]) * own
             ids, with_ids = max(ids, int(own_ids)), max(with_ids, int(own_with))
             # A node holds a block at least; beside blocks with ids, each request has two runs at most.
-            nodes = max(nodes, int(min(column["blocks"][row], own_ids + own_with + 2 * self.requests)) + 4)
+            nodes = max(nodes, int(min(blocks, own_ids + own_with + 2 * self.requests)) + 4)
         return ids, with_ids, nodes
 
     def make(self) -> tuple[TokenScratch, TokenWork, tuple[Array, Array, Array, Array]]:
@@ -286,10 +262,6 @@ class Room:
             np.zeros(self.with_ids + 1 if self.caching else 0, np.uint8),
         )
         return scratch, work, cache
-
-
-def _stream(streams: Streams, at: int) -> Array:
-    return streams.values[streams.start[at] : streams.start[at] + streams.size[at]]
 
 
 def check_token_memory(table: Table, results: float, threads: int, more: float = 1.0) -> None:

@@ -16,26 +16,14 @@ from numba.core.errors import NumbaExperimentalFeatureWarning
 from vecsim.kernel.jit import OPTIONS
 from vecsim.kernel.scenarios import run_scenarios_by_address
 from vecsim.kernel.state import (
-    Array,
     Batch,
-    Cache,
-    Formula,
     Job,
-    Memory,
     Outcome,
-    Policy,
     Requests,
     StepBatch,
-    StepModel,
-    StepRecord,
     TokenBatch,
-    TokenJob,
-    TokenLoad,
-    TokenWork,
 )
 from vecsim.kernel.tick import make_simulate
-from vecsim.kernel.token import simulate as simulate_token
-from vecsim.kernel.token_scenarios import run_token_scenarios
 
 COUNT, TIME = numba.int64, numba.float64
 # What a function of the user's own is given
@@ -75,6 +63,20 @@ def compiled(dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
     return dispatcher.overloads[kinds]
 
 
+def guarded(run: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """What runs scenarios, with a ValueError that names the function of the user's own when that raises."""
+
+    def guarded_run(first: int, last: int, job: Any) -> Any:
+        try:
+            return run(first, last, job)
+        except MemoryError:  # not the rule's
+            raise
+        except Exception as error:
+            raise ValueError(f"rule {name} raised {type(error).__name__}: {error}") from error
+
+    return guarded_run
+
+
 @functools.cache
 def return_type(rule: Any, kind: str) -> Any:
     """What a jitted rule returns when it's given a batch (a numba type)."""
@@ -94,102 +96,3 @@ def make_run_scenarios(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome
     # Typed by hand: numba would take the loop for a constant, and compile everything around it.
     kinds = (function, COUNT, COUNT, numba.typeof(job))
     return functools.partial(compiled(run_scenarios_by_address, kinds).entry_point, loop)
-
-
-def like(kind: Any, **arrays: Any) -> Any:
-    """The type of a tuple of `vecsim.kernel.state`: numbers as annotated, `arrays` as given, other arrays of int32."""
-    values = {
-        name: np.empty(0, np.int32) if annotation is Array else annotation(0)
-        for name, annotation in kind.__annotations__.items()
-        if name not in arrays
-    }
-    return kind(**values, **arrays)
-
-
-FLOATS, WHOLES, NUMBERS = np.empty(0), np.empty(0, np.int32), np.empty(0, np.int64)
-IDS = (NUMBERS, 1, NUMBERS, WHOLES, NUMBERS, NUMBERS)
-
-# The token model's step loop's arguments, in its order; then the functions of the user's own
-LOOP_ARGUMENTS = tuple(
-    numba.typeof(value)
-    for value in (
-        like(Policy),
-        like(Memory),
-        like(StepModel, formula=like(Formula), terms=np.empty((0, 0)), grids=FLOATS, values=FLOATS, outside=NUMBERS),
-        like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS, itl_limits=FLOATS),
-        like(
-            TokenWork,
-            counts=NUMBERS,
-            sums=FLOATS,
-            gaps=NUMBERS,
-            own=np.empty((0, 0), np.int32),
-            times=np.empty((0, 0)),
-            joined_at=FLOATS,
-            late=NUMBERS,
-        ),
-        like(
-            Cache,
-            nodes=np.empty((0, 0), np.int32),
-            owned=np.empty((0, 0), np.int32),
-            own=np.empty(0, np.uint8),
-            ids=IDS,
-            own_start=NUMBERS,
-        ),
-        like(StepRecord, times=np.empty((0, 0)), counts=np.empty((0, 0), np.int64)),
-        0.0,
-        0.0,
-        np.empty(0, np.uint8),
-    )
-)
-
-
-@numba.njit(**OPTIONS)
-def no_rule(batch):
-    """In the place of a batcher's rule, where it is no function."""
-    return 0
-
-
-@numba.njit(**OPTIONS)
-def no_step_time(batch):
-    """In the place of a step time, where it is no function."""
-    return 0.0
-
-
-@functools.cache
-def by_address(rule: Any, kind: str, returned: Any) -> tuple[Any, Any]:
-    """A function of the user's own that returns just that type, and its type: called by its address."""
-    cast_to = returned
-
-    @numba.njit(**OPTIONS)
-    def own(batch):
-        return cast_to(rule(batch))
-
-    return own, numba.types.FunctionType(compiled(own, (BATCHES[kind],)).signature)
-
-
-@functools.cache
-def token_step_loop(kinds: tuple[Any, ...]) -> Any:
-    """The type of the token model's step loop for arguments of some types."""
-    return numba.types.FunctionType(compiled(simulate_token, kinds).signature)
-
-
-def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
-    """`run_token_scenarios` with a batcher's rule and a step time of the user's own, None where there is none."""
-    rule, rule_type = by_address(own[0] or no_rule, "token", COUNT)
-    step_time, step_time_type = by_address(own[1] or no_step_time, "step", TIME)
-    loop_type = token_step_loop((*LOOP_ARGUMENTS, rule_type, step_time_type))
-    kinds = (loop_type, rule_type, step_time_type, COUNT, COUNT, numba.typeof(job))
-    run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, simulate_token, rule, step_time)
-    names = " or ".join(function.py_func.__name__ for function in own if function is not None)
-
-    def guarded(first: int, last: int, job: TokenJob) -> tuple[int, int]:
-        try:
-            return run(first, last, job)
-        except MemoryError:  # not the rule's
-            raise
-        except Exception as error:
-            if not names:
-                raise
-            raise ValueError(f"rule {names} raised {type(error).__name__}: {error}") from error
-
-    return guarded

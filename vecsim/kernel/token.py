@@ -97,6 +97,7 @@ from vecsim.kernel.token_state import (
     USED,
     WAITING,
     add_gaps,
+    add_steps,
     begin_decode,
     blocks_for,
     class_of,
@@ -398,13 +399,11 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 recorded_counts[STEP_USED, at] = blocks - counts[FREE]
                 recorded_counts[STEP_RUNNING, at] = counts[RUNNING]
             all_steps += 1
-            counts[STEPS] += 1
-            counts[SCHEDULED] += prefill_requests + decode_requests
-            counts[TOKENS] += prefill_tokens + decode_requests
-            counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
-            counts[PEAK] = max(counts[PEAK], blocks - counts[FREE])
-            sums[BUSY] += counts[RUNNING] * gap
-            sums[USED] += (blocks - counts[FREE]) * gap
+            held = blocks - counts[FREE]
+            scheduled = prefill_requests + decode_requests
+            add_steps(
+                counts, sums, 1, scheduled, prefill_tokens + decode_requests, counts[RUNNING] * gap, held * gap, held
+            )
             if decodes > 0:
                 # The gaps between the last token and this one
                 regular = decodes

@@ -13,7 +13,6 @@ from vecsim.kernel.token_state import (
     BACKLOG,
     BEGIN,
     BLOCKED,
-    BUSY,
     COMPUTED,
     CONTEXT,
     DECODE,
@@ -23,11 +22,6 @@ from vecsim.kernel.token_state import (
     ENDED_AT,
     ENQUEUED,
     FIRST_AT,
-    GAP_HIGH,
-    GAP_LOW,
-    GAP_MAX,
-    GAP_SUM,
-    GAPS,
     GENERATED,
     GONE,
     GROUPS,
@@ -38,16 +32,13 @@ from vecsim.kernel.token_state import (
     LASTS,
     LATE,
     LONGEST,
-    MAX_QUEUE,
     NOW,
-    PEAK,
     PREEMPTIONS,
     PREFILL,
     PREFILLING,
     PROMPT_TOKENS,
     RESIDUE,
     RUNNING,
-    SCHEDULED,
     SINCE,
     STARTED_AT,
     STARVED,
@@ -61,10 +52,9 @@ from vecsim.kernel.token_state import (
     STEP_QUEUE,
     STEP_RUNNING,
     STEP_USED,
-    STEPS,
-    TOKENS,
-    USED,
     WAITING,
+    add_gaps_between,
+    add_steps,
     blocks_for,
     file_end,
     gap_bin,
@@ -154,21 +144,12 @@ def coast(
         counts[FREE] = free
         counts[STEP] = step
         counts[CONTEXT] = context
-        sums[GAP_SUM] += decoding * spent
-        sums[GAP_MAX] = max(sums[GAP_MAX], longest)
         sums[LONGEST] = longest
-        sums[BUSY] += counts[RUNNING] * spent
-        sums[USED] += used
         sums[LAST_DECODE] = t
         sums[NOW] = t
-        counts[GAP_LOW] = min(counts[GAP_LOW], gap_bin(shortest))
-        counts[GAP_HIGH] = max(counts[GAP_HIGH], gap_bin(longest))
-        counts[GAPS] += decoding * steps
-        counts[SCHEDULED] += decoding * steps
-        counts[TOKENS] += decoding * steps
-        counts[STEPS] += steps
-        counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
-        counts[PEAK] = max(counts[PEAK], blocks - free)
+        samples = decoding * steps
+        add_gaps_between(counts, sums, samples, decoding * spent, shortest, longest)
+        add_steps(counts, sums, steps, samples, samples, counts[RUNNING] * spent, used, blocks - free)
     return steps
 
 
@@ -364,18 +345,8 @@ def cruise(
     sums[NOW] = t
     sums[BACKLOG] += backlog
     if steps > 0:
-        sums[GAP_SUM] += gap_sum
-        sums[GAP_MAX] = max(sums[GAP_MAX], longest)
-        sums[BUSY] += busy
-        sums[USED] += used
         if samples > 0:
             sums[LAST_DECODE] = last_decode
-            counts[GAP_LOW] = min(counts[GAP_LOW], gap_bin(shortest))
-            counts[GAP_HIGH] = max(counts[GAP_HIGH], gap_bin(longest))
-        counts[GAPS] += samples
-        counts[SCHEDULED] += samples + started
-        counts[TOKENS] += samples + tokens
-        counts[STEPS] += steps
-        counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
-        counts[PEAK] = max(counts[PEAK], blocks - least_free)
+            add_gaps_between(counts, sums, samples, gap_sum, shortest, longest)
+        add_steps(counts, sums, steps, samples + started, samples + tokens, busy, used, blocks - least_free)
     return steps

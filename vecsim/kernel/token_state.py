@@ -93,6 +93,28 @@ def add_gaps(counts, sums, gaps, gap, number):
 
 
 @inlined
+def add_gaps_between(counts, sums, number, total, shortest, longest):
+    """Count gaps that are in their bins already: how many, their sum, the shortest and the longest."""
+    counts[GAP_LOW] = min(counts[GAP_LOW], gap_bin(shortest))
+    counts[GAP_HIGH] = max(counts[GAP_HIGH], gap_bin(longest))
+    counts[GAPS] += number
+    sums[GAP_SUM] += total
+    sums[GAP_MAX] = max(sums[GAP_MAX], longest)
+
+
+@inlined
+def add_steps(counts, sums, steps, scheduled, tokens, busy, used, held):
+    """Count steps: requests scheduled, tokens computed, request-seconds in slots, block-seconds, most blocks held."""
+    counts[STEPS] += steps
+    counts[SCHEDULED] += scheduled
+    counts[TOKENS] += tokens
+    counts[MAX_QUEUE] = max(counts[MAX_QUEUE], counts[WAITING])
+    counts[PEAK] = max(counts[PEAK], held)
+    sums[BUSY] += busy
+    sums[USED] += used
+
+
+@inlined
 def note_gaps(work, load, gap):
     """Count, for each class, the steps that keep its decoding requests longer than their limit. O(classes)."""
     for class_ in range(load.itl_limits.size):
