@@ -58,7 +58,26 @@ def policy():
     return sim.plot.lines(ds, variables=["token_throughput", "ttft", "itl"])
 
 
-PICTURES = {"runs": runs, "sweep": sweep, "slots": slots, "policy": policy}
+def cache():
+    """How large a prefix cache conversations need."""
+    engine = sim.Engine(
+        max_batch_size=128,
+        load_generator=sim.PoissonLoadGenerator(
+            requests=400,
+            prompt_tokens=sim.LogNormal(mean=300, std=300),
+            output_tokens=sim.LogNormal(mean=200, std=150),
+            prefix=sim.SharedPrefix(tokens=512, groups=8, exponent=1),
+            sessions=sim.Sessions(turns=5, think_time=20),
+        ),
+        batcher=sim.TokenBudgetBatcher(max_num_batched_tokens=2048),
+        kv_cache=sim.KVCache(blocks=1000, prefix_caching=True),
+        step_time=sim.LinearStepTime(base=6e-3, per_request=6e-5, per_prefill_token=4e-5),
+    )
+    axes = {"request_rate": [0.25, 0.5, 1], "blocks": np.geomspace(700, 20_000, 20).astype(int), "seed": range(4)}
+    return sim.plot.lines(sim.sweep(engine, **axes), x="blocks", variables=["prefix_hit_rate", "ttft"])
+
+
+PICTURES = {"runs": runs, "sweep": sweep, "slots": slots, "policy": policy, "cache": cache}
 
 
 def main():

@@ -124,7 +124,6 @@ FIELD_UNITS = {
     "prompt_tokens": "tokens",
     "max_num_batched_tokens": "tokens",
     "chunk_tokens": "tokens",
-    "blocks": "blocks",
     "block_size": "tokens",
     "initial_batch": "requests",
     "target_concurrency": "requests",
