@@ -12,7 +12,7 @@ import numpy as np
 
 import vecsim as sim
 from vecsim.axes import Plan
-from vecsim.kernel import token_custom
+from vecsim.kernel import custom
 from vecsim.scenarios import blocks, lower
 from vecsim.simulate import Measured, Results
 from vecsim.threads import Workers
@@ -28,7 +28,7 @@ def milliseconds(engine: sim.Engine) -> tuple[float, int]:
     measured = Measured(0.0, np.array([0.5, 0.9, 0.95, 0.99]), np.empty(0))
     results = Results.empty(True, 1, measured.width(table))
     times = []
-    make = token_custom.token_kernel
+    make = custom.token_kernel
 
     def timed(own, job):
         kernel = make(own, job)
@@ -43,12 +43,12 @@ def milliseconds(engine: sim.Engine) -> tuple[float, int]:
 
         return run
 
-    token_custom.token_kernel = timed
+    custom.token_kernel = timed
     try:
         block = next(blocks(table, np.zeros(1, np.int64)))
         run_token_block(table, block, measured, results, Workers(1))
     finally:
-        token_custom.token_kernel = make
+        custom.token_kernel = make
     return 1000 * min(times), int(results.metrics[0, -1])
 
 

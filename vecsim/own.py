@@ -64,7 +64,8 @@ def check_own(rule: Any, kind: str) -> None:
         raise ValueError(
             f"rule {rule.py_func.__name__} must not be compiled with parallel=True: scenarios share the threads"
         )
-    from vecsim.kernel.custom import GIVEN, return_type
+    from vecsim.kernel.address import GIVEN
+    from vecsim.kernel.custom import return_type
 
     name = rule.py_func.__name__
     given = GIVEN[kind]

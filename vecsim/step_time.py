@@ -305,7 +305,7 @@ def flat_tables(terms: tuple[TableTerm, ...]) -> tuple[Any, Any, Any]:
         ):
             places = getattr(term, name).array
             steps = np.diff(places)
-            even = bool((steps == steps[0]).all())
+            even = bool(((places - places[0]) / steps[0] == np.arange(places.size)).all())
             row[[AXIS + k, LOOKUP + k, SIZE + k, GRID + k, FIRST + k, STEP + k]] = (
                 AXES.index(axis), LOOKUPS.index(lookup), places.size, grid_at, places[0], steps[0] if even else 0.0,
             )  # fmt: skip

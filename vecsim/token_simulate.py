@@ -58,7 +58,7 @@ def run_token_block(
     run : TokenRun or None
         Of the scenario that was run last.
     """
-    from vecsim.kernel.token_custom import token_kernel
+    from vecsim.kernel.custom import token_kernel
     from vecsim.kernel.token_record import write_token_record
 
     shared = table.token

@@ -1,66 +1,20 @@
-"""A batcher's rule of the user's own, in the kernel.
+"""Kernels with functions of the user's own.
 
-A kernel compiled around it from one end to the other would take each new rule 14 s. So the step loop alone is
-compiled around it, in some 1.5 s, and a kernel from the disk cache calls that by its address, once a scenario.
+A kernel compiled around a new rule from one end to the other would take 14 s. So in the tick model the step loop alone
+is compiled around it, in some 1.5 s, and a kernel from the disk cache calls that by its address, once a scenario. In
+the token model a new function compiles itself alone: the step loop calls it by its address, and is itself called so,
+for compiled into what calls it, it would be optimised again as a part of that.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import numba
-import numpy as np
-from numba.core.errors import NumbaExperimentalFeatureWarning
 
+from vecsim.kernel.address import BATCHES, COUNT, TICK_LOOP, TICK_OUTCOME, TIME, TOKEN_LOOP, address_of, compiled
 from vecsim.kernel.jit import OPTIONS
-from vecsim.kernel.scenarios import run_scenarios_by_address
-from vecsim.kernel.state import (
-    Batch,
-    Job,
-    Outcome,
-    Requests,
-    StepBatch,
-    TokenBatch,
-)
-from vecsim.kernel.tick import make_simulate
-
-COUNT, TIME = numba.int64, numba.float64
-# What a function of the user's own is given
-GIVEN: dict[str, Any] = {"tick": Batch, "token": TokenBatch, "step": StepBatch}
-BATCHES = {
-    kind: numba.typeof(given(*(field(0) for field in given.__annotations__.values()))) for kind, given in GIVEN.items()
-}
-
-TIMES, COUNTS, BYTES = (numba.typeof(np.empty(0, kind)) for kind in (np.float64, np.int64, np.uint8))
-REQUESTS = numba.typeof(Requests(np.empty(0), *(np.empty(0, np.int32) for _ in range(3))))
-
-# The step loop's arguments, in its order
-ARGUMENTS = (
-    COUNT,  # batcher
-    TIME,  # parameter
-    COUNT,  # max_batch_size
-    TIME,  # prefill_time
-    TIME,  # itl
-    COUNT,  # chunks
-    COUNT,  # target
-    TIME,  # time_limit
-    TIME,  # warmup
-    REQUESTS,
-    TIMES,  # time
-    COUNTS,  # calendar
-    TIMES,  # prefill_sum
-    COUNTS,  # itl_samples
-    BYTES,  # stop
-)
-
-
-def compiled(dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
-    """The record of a jitted function compiled for arguments of some types."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumbaExperimentalFeatureWarning)  # functions called by their address
-        dispatcher.compile(kinds)
-    return dispatcher.overloads[kinds]
+from vecsim.kernel.state import Job, Outcome, TokenJob
 
 
 def guarded(run: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -84,15 +38,45 @@ def return_type(rule: Any, kind: str) -> Any:
 
 
 @functools.cache
-def step_loop(rule: Any) -> tuple[Any, Any]:
-    """The step loop around a rule, and its type: a function called by its address."""
+def tick_loop(rule: Any) -> tuple[Any, int]:
+    """The step loop around a rule, and its address."""
+    from vecsim.kernel.tick import make_simulate
+
     loop = make_simulate(rule, checked=True, jit=cast(Any, numba.njit)(**OPTIONS))
-    return loop, numba.types.FunctionType(compiled(loop, ARGUMENTS).signature)
+    return loop, address_of(loop, TICK_LOOP, TICK_OUTCOME)
 
 
 def make_run_scenarios(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome]:
     """`run_scenarios` for scenarios of one rule, of jobs like this one."""
-    loop, function = step_loop(rule)
-    # Typed by hand: numba would take the loop for a constant, and compile everything around it.
-    kinds = (function, COUNT, COUNT, numba.typeof(job))
-    return functools.partial(compiled(run_scenarios_by_address, kinds).entry_point, loop)
+    from vecsim.kernel.scenarios import run_scenarios_by_address
+
+    _, address = tick_loop(rule)
+    kinds = (COUNT, COUNT, COUNT, numba.typeof(job))
+    return functools.partial(compiled(run_scenarios_by_address, kinds).entry_point, address)
+
+
+@functools.cache
+def rule_address(rule: Any, kind: str, returned: Any) -> tuple[Any, int]:
+    """A function of the user's own that returns just that type, and its address."""
+
+    @numba.njit(**OPTIONS)
+    def own(batch):
+        return returned(rule(batch))
+
+    return own, address_of(own, (BATCHES[kind],), returned)
+
+
+def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
+    """`run_token_scenarios` with a batcher's rule and a step time of the user's own, None where there is none."""
+    from vecsim.kernel.token import simulate
+    from vecsim.kernel.token_scenarios import run_token_scenarios
+
+    rule, step_time = own
+    rule_at = rule_address(rule, "token", COUNT)[1] if rule is not None else 0
+    step_time_at = rule_address(step_time, "step", TIME)[1] if step_time is not None else 0
+    kinds = (COUNT, COUNT, COUNT, COUNT, COUNT, numba.typeof(job))
+    loop = address_of(simulate, TOKEN_LOOP, COUNT)
+    run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, loop, rule_at, step_time_at)
+    names = " or ".join(function.py_func.__name__ for function in own if function is not None)
+
+    return guarded(run, names) if names else run

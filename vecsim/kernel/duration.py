@@ -2,8 +2,7 @@
 
 import math
 
-import numpy as np
-
+from vecsim.kernel.address import call_step_time
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.state import StepBatch
 from vecsim.step_time import AXES, LINEAR, LOOKUPS, POLYNOMIAL, TABLE
@@ -24,24 +23,27 @@ _INTERPOLATED, UP, NEAREST = range(len(LOOKUPS))
 @bare
 def look_up(terms, grids, term, other, x):
     """(place, weight of the next place) of a value on one axis of a term; outside [0, 1] it extrapolates."""
-    begin = int(terms[term, GRID + other])
-    size = int(terms[term, SIZE + other])
     step = terms[term, STEP + other]
     if step > 0.0:
-        low = int(min(max(math.floor((x - terms[term, FIRST + other]) / step), 0.0), size - 2.0))
+        places = x - terms[term, FIRST + other]
+        if step != 1.0:
+            places /= step
+        low = int(min(max(places, 0.0), terms[term, SIZE + other] - 2.0))
+        weight = places - low
     else:
-        low, high = 0, size - 1
+        begin = int(terms[term, GRID + other])
+        low, high = 0, int(terms[term, SIZE + other]) - 1
         while high - low > 1:
             middle = (low + high) // 2
             if grids[unsigned(begin + middle)] <= x:
                 low = middle
             else:
                 high = middle
-    left, right = grids[unsigned(begin + low)], grids[unsigned(begin + low + 1)]
-    weight = (x - left) / (right - left)
-    if 0.0 <= weight <= 1.0:
+        left, right = grids[unsigned(begin + low)], grids[unsigned(begin + low + 1)]
+        weight = (x - left) / (right - left)
+    if 0.0 < weight < 1.0:
         if terms[term, LOOKUP + other] == UP:
-            weight = math.ceil(weight)
+            weight = 1.0
         elif terms[term, LOOKUP + other] == NEAREST:
             weight = 1.0 if weight > 0.5 else 0.0
     return low, weight
@@ -147,11 +149,25 @@ def by_formula(formula, step):
     else:
         seconds = 0.0
         if step.prefill_requests > 0:
-            n = float(step.prefill_requests * (step.prefill_tokens // step.prefill_requests))
+            tokens = step.prefill_tokens
+            if step.prefill_requests > 1:
+                tokens = step.prefill_requests * (tokens // step.prefill_requests)
+            n = float(tokens)
             seconds = (formula.a * n + formula.b) * n + formula.c
         if step.decode_requests > 0:
             u = min(1.0, step.decode_context / formula.kv_tokens)
             seconds += max(formula.g, (formula.d * u + formula.e) * u + formula.f)
+    return seconds + formula.per_step
+
+
+@inlined
+def of_decodes(formula, decoding, context):
+    """The same of a step of decodes alone, to the bit: without the terms that are 0."""
+    if formula.code == LINEAR:
+        seconds = formula.a + formula.b * decoding + formula.d * decoding + formula.e * context
+    else:
+        u = min(1.0, context / formula.kv_tokens)
+        seconds = max(formula.g, (formula.d * u + formula.e) * u + formula.f)
     return seconds + formula.per_step
 
 
@@ -161,7 +177,7 @@ def by_call(model, step, own):
     if model.formula.code == TABLE:
         seconds = from_tables(model.terms, model.grids, model.values, model.outside, step)
     else:
-        seconds = np.float64(own(step))
+        seconds = call_step_time(own, (step,))
     return seconds + model.formula.per_step
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from vecsim import lengths as length_rules
 from vecsim import load as arrival_rules
 from vecsim.kernel import streams
+from vecsim.kernel.address import call_tick_loop
 from vecsim.kernel.calendar import ring_size
 from vecsim.kernel.jit import entry, inner
 from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, RECORDED, REFUSED, Outcome, Requests
@@ -98,8 +99,8 @@ def make_run_rows(simulate):
 
         Parameters
         ----------
-        loop : function
-            The step loop, for `simulate`.
+        loop : int or None
+            The address of the step loop, for `simulate`.
         first, last : int
             Rows of the scenarios and of all results.
         job : Job
@@ -194,8 +195,8 @@ def by_code(loop, *arguments):
 
 @inner
 def by_address(loop, *arguments):
-    """Call the step loop given: see `vecsim.kernel.custom`."""
-    return loop(*arguments)
+    """Call the step loop at an address: see `vecsim.kernel.custom`."""
+    return call_tick_loop(loop, arguments)
 
 
 run_rows_by_code = make_run_rows(by_code)

@@ -50,7 +50,6 @@ from vecsim.kernel.token_state import (
     GROUPS,
     HEAP,
     HELD,
-    HIT,
     ISSUED,
     LAST_AT,
     LAST_DECODE,
@@ -64,7 +63,6 @@ from vecsim.kernel.token_state import (
     OPEN_SUM,
     PEAK,
     PLACE,
-    PREEMPTIONS,
     PREFILL,
     PREFILLING,
     PRIORITY,
@@ -78,7 +76,6 @@ from vecsim.kernel.token_state import (
     SHORTEST_OUTPUT,
     SHORTEST_PROMPT,
     SINCE,
-    STARTED_AT,
     STARVED,
     STARVING,
     STATE,
@@ -93,7 +90,6 @@ from vecsim.kernel.token_state import (
     STEPS,
     TOKENS,
     TOO_LATE,
-    UNSEEN,
     USED,
     WAITING,
     add_gaps,
@@ -170,8 +166,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         Seconds.
     stop : array
         Set from outside to interrupt.
-    own_rule, own_duration : function
-        The user's own: how many tokens to compute of a request, and how long a step lasts.
+    own_rule, own_duration : int
+        Addresses of the user's own: how many tokens to compute of a request, and how long a step lasts.
     """
     arrived_at, prompt, output, caps = load.arrived_at, load.prompt_tokens, load.output_tokens, load.max_tokens
     classes, follower, think, urgency, ttft_limits = (
@@ -205,7 +201,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     unclip[:] = 0
     work.late[:] = 0
     counts[FREE] = blocks
-    own[STATE, : prompt.size] = UNSEEN
+    own[HELD : LATE + 1, : prompt.size] = 0  # `UNSEEN`
+    times[: ENDED_AT + 1, : prompt.size] = np.nan
     if caching:
         kv.reset(counts, cache.nodes, cache.node_of, blocks)
         cache.owned[kv.RUN_NODE] = -1
@@ -263,12 +260,6 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     counts[ENQUEUED] += 1
                     own[COMPUTED, r] = 0
                     own[GENERATED, r] = 0
-                    own[HIT, r] = 0
-                    own[PREEMPTIONS, r] = 0
-                    own[LATE, r] = 0
-                    times[STARTED_AT, r] = np.nan
-                    times[FIRST_AT, r] = np.nan
-                    times[ENDED_AT, r] = np.nan
                     times[SINCE, r] = arrived_at[r]
                     prompt_tokens, output_tokens, cap = int(prompt[r]), int(output[r]), int(caps[r])
                     if (

@@ -4,6 +4,7 @@ O(1) and O(1) a scheduled chunk. All that a batcher decides are the values of a 
 """
 
 from vecsim.kernel import kv
+from vecsim.kernel.address import call_rule
 from vecsim.kernel.heap import pop, push
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
@@ -267,7 +268,7 @@ def asked_of_rule(own_rule, work, load, memory, policy, request, rest, cached, s
         head_class=class_,
         parameter=policy.parameter,
     )
-    return min(max(whole(own_rule(batch)), 0), rest)
+    return min(max(whole(call_rule(own_rule, (batch,))), 0), rest)
 
 
 @inlined

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vecsim.kernel import kv
-from vecsim.kernel.duration import by_formula, decodes_of, duration, step_of
+from vecsim.kernel.duration import by_formula, decodes_of, duration, of_decodes, step_of
 from vecsim.kernel.jit import bare, inlined, unsigned
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.state import BAD_DURATION, DONE, OUT_OF_STEPS
@@ -13,7 +13,6 @@ from vecsim.kernel.token_state import (
     BACKLOG,
     BEGIN,
     BLOCKED,
-    COMPUTED,
     CONTEXT,
     DECODE,
     DECODING,
@@ -25,24 +24,17 @@ from vecsim.kernel.token_state import (
     GENERATED,
     GONE,
     GROUPS,
-    HELD,
-    HIT,
     LAST_AT,
     LAST_DECODE,
     LASTS,
-    LATE,
     LONGEST,
     NOW,
-    PREEMPTIONS,
-    PREFILL,
     PREFILLING,
     PROMPT_TOKENS,
     RESIDUE,
     RUNNING,
-    SINCE,
     STARTED_AT,
     STARVED,
-    STARVING,
     STATE,
     STATUS,
     STEP,
@@ -172,8 +164,9 @@ def cruise(
     context = int(counts[CONTEXT])
     phase = step & (block_size - 1) if shift >= 0 else step % block_size
     most = watch - all_steps
-    steps = samples = tokens = started = 0
+    steps = samples = tokens = started = known = 0
     last = arrivals
+    begin = t
     shortest, longest = np.inf, 0.0
     used = busy = gap_sum = backlog = last_decode = 0.0
     held = float(blocks - free)
@@ -182,15 +175,15 @@ def cruise(
         ends = False
         if decoding > 0 and due > t:
             # Decodes alone. A small loop, for its few variables stay in registers so.
-            begin, before = t, steps
-            while steps < most and t < horizon and t < due:
+            begin, before = t, step
+            limit, last_step = min(due, horizon), step + most - steps
+            while step < last_step and t < limit:
                 need = int(residues[unsigned(phase)])
-                if need > 0:
-                    if need > free:
-                        break
-                    free -= need
-                    held = float(blocks - free)
-                after = t + by_formula(formula, decodes_of(formula, decoding, context))
+                if need > free:
+                    break
+                free -= need
+                held = float(blocks - free)
+                after = t + of_decodes(formula, decoding, context)
                 gap = after - t
                 if not gap > 0.0:
                     status = BAD_DURATION
@@ -200,7 +193,6 @@ def cruise(
                 longest = max(longest, gap)
                 used += held * gap
                 context += decoding
-                steps += 1
                 step += 1
                 phase = phase + 1 if phase + 1 < block_size else 0
                 t = after
@@ -208,11 +200,13 @@ def cruise(
                     ends = True
                     break
             least_free = min(least_free, free)
-            if steps == before:
+            made = step - before
+            if made == 0:
                 break
+            steps += made
             gap_sum += decoding * (t - begin)
             busy += running * (t - begin)
-            samples += decoding * (steps - before)
+            samples += decoding * made
             last_decode = t
             last = arrivals
         elif due <= t:
@@ -250,23 +244,7 @@ def cruise(
             free -= need
             least_free = min(least_free, free)
             held = float(blocks - free)
-            for new in range(arrivals, last):
-                request = unsigned(new)
-                came = arrived_at[request]
-                own[COMPUTED, request] = prompt[request]
-                own[HIT, request] = 0
-                own[PREEMPTIONS, request] = 0
-                own[LATE, request] = 0
-                own[STARVING, request] = 0
-                own[HELD, request] = blocks_for(prompt[request], block_size, shift)
-                own[STATE, request] = PREFILL
-                times[STARTED_AT, request] = t
-                times[ENDED_AT, request] = np.nan
-                times[SINCE, request] = came
-                put_on_stack(counts, own, stack, new)
-                backlog += t - max(came, measured_from)
-                if came >= measured_from:
-                    counts[PROMPT_TOKENS] += prompt[request]
+            begin = t
             started += last - arrivals
             steps += 1
             tokens += prompt_tokens
@@ -311,6 +289,12 @@ def cruise(
         for new in range(arrivals, last):
             request = unsigned(new)
             size, length = int(prompt[request]), int(output[request])
+            came = arrived_at[request]
+            backlog += begin - max(came, measured_from)
+            if came >= measured_from:
+                known += size
+            put_on_stack(counts, own, stack, new)
+            times[STARTED_AT, request] = begin
             times[FIRST_AT, request] = t
             times[LAST_AT, request] = t
             if length == 1:
@@ -318,7 +302,7 @@ def cruise(
                 own[GENERATED, request] = 1
                 times[ENDED_AT, request] = t
                 running -= 1
-                free += own[HELD, request]
+                free += blocks_for(size, block_size, shift)
                 held = float(blocks - free)
             else:
                 own[STATE, request] = DECODE
@@ -336,6 +320,7 @@ def cruise(
         status = BAD_DURATION
     counts[STATUS] = status
     counts[ENQUEUED] += started
+    counts[PROMPT_TOKENS] += known
     counts[ARRIVALS] = arrivals
     counts[DECODING] = decoding
     counts[RUNNING] = running

@@ -3,6 +3,7 @@
 import numpy as np
 
 from vecsim.kernel import token_state
+from vecsim.kernel.address import call_token_loop
 from vecsim.kernel.jit import bare, entry, inner, unsigned
 from vecsim.kernel.quantiles import weighted_quantiles
 from vecsim.kernel.scenarios import fill_arrivals
@@ -467,9 +468,12 @@ def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
             scratch.shared[: n if with_ids > 0 else 0],
             scratch.own_start,
         )
-        status = step_loop(
-            policy, memory, model_of(p, streams), load, work, cache, job.record, job.time_limit, job.warmup, job.stop,
-            own_rule, own_duration,
+        status = call_token_loop(
+            step_loop,
+            (
+                policy, memory, model_of(p, streams), load, work, cache, job.record, job.time_limit, job.warmup,
+                job.stop, own_rule, own_duration,
+            ),
         )  # fmt: skip
         job.status[row] = status
         if status == INTERRUPTED:

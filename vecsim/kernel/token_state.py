@@ -24,7 +24,7 @@ GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGES
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch.
 (
-    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, HELD, RESIDUE, HIT, PREEMPTIONS, STATE, STARVING, LATE, OWN_ROWS,
+    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, OWN_ROWS,
 ) = range(14)  # fmt: skip
 
 # Rows of `times` [request], seconds. `SINCE` is since when it waits; until it arrives, when it will.
@@ -69,7 +69,7 @@ def full_blocks(tokens, block_size, shift):
 @inlined
 def gap_bin(gap):
     """Bin of the time between two tokens; ascends with it."""
-    return min(max((np.float64(gap).view(np.int64) >> GAP_SHIFT) - GAP_FIRST, 0), GAP_BINS - 1)
+    return (np.float64(min(max(gap, 2.0**-20), 2.0**40)).view(np.int64) >> GAP_SHIFT) - GAP_FIRST
 
 
 @inlined

@@ -1,0 +1,149 @@
+"""Functions that kernels call by their addresses, which are whole numbers: the types that they take and return.
+
+numba has function types of its own for this. They look up each function anew at every call from Python, by the hash
+of its signature: 0.25 ms for the token model's step loop, as long as a third of a scenario.
+"""
+
+import warnings
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import cgutils
+from numba.core.errors import NumbaExperimentalFeatureWarning, TypingError
+from numba.extending import intrinsic
+
+from vecsim.kernel.state import (
+    Array,
+    Batch,
+    Cache,
+    Formula,
+    Memory,
+    Outcome,
+    Policy,
+    Requests,
+    StepBatch,
+    StepModel,
+    StepRecord,
+    TokenBatch,
+    TokenLoad,
+    TokenWork,
+)
+
+COUNT, TIME = numba.int64, numba.float64
+
+
+def like(kind: Any, **arrays: Any) -> Any:
+    """An example of a tuple of `vecsim.kernel.state`: numbers as annotated, `arrays` as given, others of int32."""
+    values = {
+        name: np.empty(0, np.int32) if annotation is Array else annotation(0)
+        for name, annotation in kind.__annotations__.items()
+        if name not in arrays
+    }
+    return kind(**values, **arrays)
+
+
+FLOATS, WHOLES, NUMBERS, BYTES = (np.empty(0, kind) for kind in (np.float64, np.int32, np.int64, np.uint8))
+
+# What a function of the user's own is given
+GIVEN: dict[str, Any] = {"tick": Batch, "token": TokenBatch, "step": StepBatch}
+BATCHES = {kind: numba.typeof(like(given)) for kind, given in GIVEN.items()}
+
+# The arguments of the step loop of each model, in their order
+TICK_LOOP = (
+    COUNT,  # batcher
+    TIME,  # parameter
+    COUNT,  # max_batch_size
+    TIME,  # prefill_time
+    TIME,  # itl
+    COUNT,  # chunks
+    COUNT,  # target
+    TIME,  # time_limit
+    TIME,  # warmup
+    numba.typeof(like(Requests, arrived_at=FLOATS)),
+    numba.typeof(FLOATS),  # time
+    numba.typeof(NUMBERS),  # calendar
+    numba.typeof(FLOATS),  # prefill_sum
+    numba.typeof(NUMBERS),  # itl_samples
+    numba.typeof(BYTES),  # stop
+)
+
+TOKEN_LOOP = tuple(
+    numba.typeof(value)
+    for value in (
+        like(Policy),
+        like(Memory),
+        like(StepModel, formula=like(Formula), terms=np.empty((0, 0)), grids=FLOATS, values=FLOATS, outside=NUMBERS),
+        like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS, itl_limits=FLOATS),
+        like(
+            TokenWork,
+            counts=NUMBERS,
+            sums=FLOATS,
+            gaps=NUMBERS,
+            own=np.empty((0, 0), np.int32),
+            times=np.empty((0, 0)),
+            joined_at=FLOATS,
+            late=NUMBERS,
+        ),
+        like(
+            Cache,
+            nodes=np.empty((0, 0), np.int32),
+            owned=np.empty((0, 0), np.int32),
+            own=BYTES,
+            ids=(NUMBERS, 1, NUMBERS, WHOLES, NUMBERS, NUMBERS),
+            own_start=NUMBERS,
+        ),
+        like(StepRecord, times=np.empty((0, 0)), counts=np.empty((0, 0), np.int64)),
+        0.0,  # time_limit
+        0.0,  # warmup
+        BYTES,  # stop
+        0,  # address of a batcher's rule
+        0,  # address of a step time
+    )
+)
+
+
+def compiled(dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
+    """The record of a jitted function compiled for arguments of some types."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumbaExperimentalFeatureWarning)
+        dispatcher.compile(kinds)
+    return dispatcher.overloads[kinds]
+
+
+def address_of(dispatcher: Any, kinds: tuple[Any, ...], returned: Any) -> int:
+    """Where the machine code of a jitted function is; valid as long as the function lives."""
+    record = compiled(dispatcher, kinds)
+    if record.signature.return_type != returned:
+        raise TypeError(f"{dispatcher.py_func.__name__} returns {record.signature.return_type}, not {returned}")
+    return int(record.library.get_pointer_to_function(record.fndesc.llvm_func_name))
+
+
+def caller(kinds: tuple[Any, ...], returned: Any) -> Any:
+    """A function for kernels that calls what is at an address: `call(address, arguments)`."""
+
+    @intrinsic
+    def call(typing: Any, address: Any, arguments: Any) -> Any:
+        """Call a compiled function by its address, with a tuple of arguments."""
+        if tuple(arguments.types) != kinds:
+            raise TypingError(f"called with {arguments}, not {kinds}")
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kind = context.call_conv.get_function_type(returned, kinds)
+            function = builder.inttoptr(values[0], kind.as_pointer())
+            given = cgutils.unpack_tuple(builder, values[1])
+            status, result = context.call_conv.call_function(builder, function, returned, kinds, given)
+            with cgutils.if_unlikely(builder, status.is_error):
+                context.call_conv.return_status_propagate(builder, status)
+            return result
+
+        return returned(numba.int64, arguments), generate
+
+    return call
+
+
+call_rule = caller((BATCHES["token"],), COUNT)
+call_step_time = caller((BATCHES["step"],), TIME)
+call_token_loop = caller(TOKEN_LOOP, COUNT)
+TICK_OUTCOME = numba.typeof(like(Outcome))
+call_tick_loop = caller(TICK_LOOP, TICK_OUTCOME)
