@@ -1,7 +1,9 @@
 """The kernel's pieces against NumPy and exact arithmetic."""
 
+import ast
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from vecsim.kernel import jit, streams
 from vecsim.kernel import quantiles as kernel_quantiles
-from vecsim.kernel import streams
 from vecsim.kernel.state import EXPONENTIAL_DRAWS, GAMMA_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS
 from vecsim.lengths import EMPIRICAL, UNIFORM, output_tokens
 from vecsim.load import EVENLY, arrival_time
@@ -112,3 +114,20 @@ def test_every_whole_length_of_a_uniform_can_be_drawn_and_no_other():
     draws = np.linspace(0, np.nextafter(1, 0), 1000)
     assert {output_tokens(UNIFORM, 3.0, 5.0, (), 0, u) for u in draws} == {3, 4, 5}
     assert {output_tokens(EMPIRICAL, 0.0, 0.0, (7, 9), 0, u) for u in draws} == {7, 9}
+
+
+def imported(path: Path) -> set[Path]:
+    """The package's files that a file imports as it is loaded."""
+    names = {
+        f"{statement.module}{end}"
+        for statement in ast.parse(path.read_text()).body
+        if isinstance(statement, ast.ImportFrom) and str(statement.module).startswith("vecsim")
+        for end in ("", *(f".{alias.name}" for alias in statement.names))
+    }
+    files = (jit.PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in names)
+    return {file for file in files if file.is_file()}
+
+
+def test_cached_kernels_know_every_file_that_they_are_made_of():
+    known = set(jit.sources())
+    assert set().union(*map(imported, known)) <= known

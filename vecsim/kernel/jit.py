@@ -5,7 +5,7 @@ cached on disk, since a cached function carries the machine code of all that it 
 
 numba checks a cached kernel against its own file alone: after an edit of a function that it calls in
 another file, it would run the old machine code. So the cache folder is named by a hash of every source
-file of the package. No `fastmath`: results must not depend on the compiler's mood.
+file that kernels are made of. No `fastmath`: results must not depend on the compiler's mood.
 """
 
 import atexit
@@ -23,6 +23,9 @@ import numba
 import numpy as np
 
 PACKAGE = Path(__file__).resolve().parent.parent
+
+# What kernels import of the package, besides each other: rules and codes
+RULES = ("batching", "declaration", "kv_cache", "lengths", "load", "own", "step_time")
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
@@ -45,10 +48,15 @@ unsigned = np.uint64
 whole: Any = np.int64
 
 
+def sources() -> list[Path]:
+    """The files that kernels are made of."""
+    return [*sorted(PACKAGE.glob("kernel/*.py")), *(PACKAGE / f"{name}.py" for name in RULES)]
+
+
 def source_hash() -> str:
-    """Hash of the package's sources and of what else decides the machine code."""
+    """Hash of the kernels' sources and of what else decides the machine code."""
     digest = hashlib.sha256(f"{numba.__version__} {np.__version__} {platform.python_version()}".encode())
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
