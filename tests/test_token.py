@@ -292,6 +292,48 @@ def test_every_event_is_that_of_the_oracle(kind, seed):
     check_against(engine.run(limit), oracle.simulate(requests, **arguments), arguments)
 
 
+@settings(max_examples=100, deadline=None)
+@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32 - 1), warmup=st.sampled_from([0.0, 10.0, 40.0, 149.0]))
+def test_metrics_are_of_what_comes_and_begins_after_the_warmup(kind, seed, warmup):
+    engine = a_scenario(seed, kind)[0]
+    run = engine.run(150.0, warmup=warmup)
+    metrics, blocks = run.metrics, engine.kv_cache.blocks
+    steps = run.steps.isel(step=run.steps.time.values >= warmup)
+    requests = run.requests.isel(request=run.requests.arrived_at.values >= warmup)
+    end = float(metrics.end_time)
+    queued = run.requests.arrived_at.values + engine.overheads.before_queue
+    left = np.fmin(np.where(np.isnan(run.requests.started_at), end, run.requests.started_at), end)
+    waiting = np.where(run.requests.refused, 0.0, np.maximum(left - np.maximum(queued, warmup), 0.0)).sum()
+    number, spent = steps.sizes["step"], end - warmup
+    scheduled = float((steps.prefilling + steps.decoding).sum())
+    for name, value in (
+        ("arrived", requests.sizes["request"]),
+        ("dropped", int(requests.refused.sum())),
+        ("completed", int(requests.completed_at.notnull().sum())),
+        ("steps", number),
+        ("max_queue", int(steps.queue_size.max()) if number and not engine.batcher.async_scheduling else None),
+        ("batch_size", scheduled / number if number else np.nan),
+        ("step_tokens", float((steps.prefill_tokens + steps.decoding).sum()) / number if number else np.nan),
+        ("kv_peak", int(steps.kv_blocks.max()) / blocks if number else 0.0),
+        ("kv_use", float((steps.kv_blocks * steps.duration).sum()) / (blocks * spent)),
+        ("utilization", float((steps.running * steps.duration).sum()) / (engine.max_batch_size * spent)),
+        ("mean_queue", waiting / spent if not run.requests.preempted.any() else None),
+    ):
+        if value is not None:
+            assert float(metrics[name]) == pytest.approx(value, rel=1e-9, nan_ok=True), name
+
+
+def test_nothing_of_the_warmup_is_left_where_all_is_over_before_it():
+    load = sim.BatchLoadGenerator(initial_batch=5, prompt_tokens=100, output_tokens=50)
+    engine = sim.Engine(
+        max_batch_size=4, load_generator=load, batcher=sim.TokenBudgetBatcher(), step_time=sim.LinearStepTime(base=0.02)
+    )
+    metrics = engine.run(100.0, warmup=50.0).metrics
+    assert float(metrics.steps) == float(metrics.utilization) == float(metrics.mean_queue) == 0.0
+    assert np.isnan(metrics.itl).all()
+    assert np.isnan(metrics.batch_size)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),

@@ -15,6 +15,23 @@ def engine(**fields):
     return sim.Engine(**{"load_generator": LOAD, "step_time": STEP, "batcher": sim.TokenBudgetBatcher(), **fields})
 
 
+@numba.njit
+def never(batch):
+    return 0.0
+
+
+def trace(**fields):
+    return sim.TraceLoadGenerator(
+        arrived_at=[0, 1, 2], prompt_tokens=[100, 200, 300], output_tokens=[10, 20, 30], **fields
+    )
+
+
+def talk(requests=1, **fields):
+    return sim.PoissonLoadGenerator(
+        output_tokens=2, requests=requests, sessions=sim.Sessions(turns=4), request_rate=1.0, **fields
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -94,6 +111,41 @@ def engine(**fields):
             "axes must be one or two different ones of",
         ),
         (lambda: sim.TableStepTime(file="nowhere.csv"), "file must name a file, got 'nowhere.csv'"),
+        (lambda: sim.TableStepTime(terms=(3,)), "terms must be one TableTerm or more"),
+        (lambda: trace(sessions=sim.Sessions()), "sessions must be left out of a trace"),
+        (lambda: trace(stream_offset=1), "stream_offset must be left out of a trace, got 1"),
+        (lambda: trace(class_names=3), "class_names must be a sequence, got 3"),
+        (
+            lambda: trace(block_ids=[1, 2], block_counts=[1, 2, 3], id_block_tokens=16),
+            "block_counts must add up to the number of block_ids (2), got 6",
+        ),
+        (
+            lambda: trace(block_ids=[[], [], []], id_block_tokens=16, prefix=sim.SharedPrefix(tokens=160)),
+            "prefix must be left out of a trace with block_ids",
+        ),
+        (
+            lambda: engine(step_time=sim.PolynomialStepTime()),
+            "kv_cache must have a number of blocks: PolynomialStepTime goes by the share in use",
+        ),
+        (
+            lambda: engine(step_time=never).run(1),
+            "is more than the clock's last digit, got 0 at",
+        ),
+        (
+            lambda: engine(load_generator=talk(prompt_tokens=10**9), batcher=sim.TokenBudgetBatcher()).run(1e9),
+            "prompts of its conversations at most 1,073,741,824 tokens",
+        ),
+        (
+            lambda: sim.sweep(
+                engine(
+                    load_generator=talk(prompt_tokens=10**5, requests=10**5),
+                    kv_cache=sim.KVCache(block_size=1, prefix_caching=True),
+                ),
+                10**6,
+                progress=False,
+            ),
+            "most of it is for",
+        ),
         (lambda: sim.presets.vllm(version="1"), "version must be one of 0.6, 0.8"),
         (lambda: sim.queue_growth(engine()), "engine must be of the tick model"),
     ],
@@ -112,11 +164,6 @@ def as_token_budget(batch):
 @numba.njit
 def as_linear(batch):
     return 5e-3 + 1e-4 * (batch.prefill_requests + batch.decode_requests)
-
-
-@numba.njit
-def never(batch):
-    return 0.0
 
 
 def test_functions_of_ones_own_do_as_their_built_in_twins():
@@ -284,3 +331,30 @@ def test_m_d_1_waits_as_long_as_the_theory_says():
     waits = ds.queue_time.sel(stat="mean").values
     expected = rate * service**2 / (2 * (1 - rate * service))
     assert abs(waits.mean() - expected) < 4 * waits.std(ddof=1) / np.sqrt(waits.size)
+
+
+def test_given_ids_are_those_that_they_are_wherever_the_counts_come_from():
+    cache = sim.KVCache(blocks=100, block_size=16, prefix_caching=True)
+    for ids in ({"block_ids": [5, 10**8, 5], "block_counts": [1, 1, 1]}, {"block_ids": [[5], [10**8], [5]]}):
+        run = engine(load_generator=trace(**ids, id_block_tokens=48), kv_cache=cache).run()
+        assert run.requests.hit_tokens.values.tolist() == [0, 0, 48]
+
+
+def test_alternatives_may_have_what_others_lack():
+    loads = [
+        sim.PoissonLoadGenerator(request_rate=3, prompt_tokens=100, output_tokens=5, **fields)
+        for fields in ({}, {"sessions": sim.Sessions()}, {"prefix": sim.SharedPrefix(tokens=20)})
+    ]
+    names = sim.sweep(engine(), 5, load_generator=loads, progress=False).load_generator.values
+    assert len(set(names)) == 3
+    ds = sim.sweep(engine(batcher=sim.IFBatcher()), 10, max_num_batched_tokens=[None, 200], progress=False)
+    assert ds.sizes == {"max_num_batched_tokens": 2, "stat": 6}
+
+
+def test_stages_so_short_that_they_add_up_to_nothing_come_to_an_end():
+    load = sim.PiecewiseLoadGenerator(
+        request_rates=[1e-9], durations=[1e-9], repeat=True, requests=3, prompt_tokens=10, output_tokens=10
+    )
+    arrived = engine(load_generator=load).run().requests.arrived_at.values
+    slow = sim.PoissonLoadGenerator(request_rate=1e-9, requests=3, prompt_tokens=10, output_tokens=10)
+    np.testing.assert_allclose(arrived, engine(load_generator=slow).run().requests.arrived_at.values, rtol=1e-6)

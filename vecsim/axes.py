@@ -118,7 +118,7 @@ def differing_fields(declarations: Sequence[Declaration]) -> list[str]:
         for path, value in own.items():
             others = [other[path] for other in described if path in other]
             if isinstance(value, Declaration):
-                if any(other.name != value.name for other in others):
+                if any(not isinstance(other, Declaration) or other.name != value.name for other in others):
                     names.append(value.name)
             elif not callable(value) and any(other != value for other in others):
                 text = f"{value:.6g}" if isinstance(value, float) else shown(value)

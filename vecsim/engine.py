@@ -8,7 +8,7 @@ from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator, TraceLoadGenerator
 from vecsim.overheads import Overheads
 from vecsim.own import check_own
-from vecsim.step_time import AnyStepTime, TickStepTime
+from vecsim.step_time import AnyStepTime, PolynomialStepTime, TickStepTime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +68,10 @@ class Engine(Declaration, frozen=True, kw_only=True):
             if self.batcher.needs_budget and budget is not None:
                 check_budget(budget, self.max_batch_size)
             self._check_memory()
+            if isinstance(self.step_time, PolynomialStepTime) and (
+                self.kv_cache is None or self.kv_cache.blocks is None
+            ):
+                raise ValueError("kv_cache must have a number of blocks: PolynomialStepTime goes by the share in use")
             return
         for name, value, usual in (
             ("kv_cache", self.kv_cache, None),

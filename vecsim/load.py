@@ -1,7 +1,7 @@
 """Load generators: when requests arrive and how long they are. Declaration and rule side by side."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -602,12 +602,19 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
             raise ValueError("prompt_tokens must be of one or more requests, got none")
         for name in ("arrived_at", "output_tokens", "max_tokens", "block_counts", "class_names"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, Sized):
+                raise ValueError(f"{name} must be a sequence, got {shown(value)}")
             if value is not None and len(value) != size:
                 raise ValueError(f"{name} must have as many values as prompt_tokens ({size}), got {len(value)}")
         if (self.arrived_at.array[1:] < self.arrived_at.array[:-1]).any():
             raise ValueError("arrived_at must ascend")
         if self.max_tokens is not None and (self.max_tokens.array < self.output_tokens.array).any():
             raise ValueError("max_tokens must be >= output_tokens")
+        for name in ("sessions", "stream_offset"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be left out of a trace, got {shown(getattr(self, name))}")
+        if self.block_ids is not None and self.prefix is not None:
+            raise ValueError(f"prefix must be left out of a trace with block_ids, got {shown(self.prefix)}")
         if self.class_names is not None:
             names = tuple(self.class_names) if not isinstance(self.class_names, Values) else self.class_names
             if not isinstance(names, Values):
@@ -643,12 +650,17 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
                     f"block_ids must be a sequence of ids for each request, got {shown(self.block_ids)}"
                 ) from None
             flat = check_array("block_ids", [id_ for ids in self.block_ids for id_ in ids] or np.empty(0), int)
-            _, numbers = np.unique(flat.array, return_inverse=True)
-            put(self, "block_ids", Values(numbers))
             put(self, "block_counts", Values(np.array(counts, np.int64)))
         else:
-            put(self, "block_ids", check_array("block_ids", self.block_ids, int, low=0))
+            flat = check_array("block_ids", self.block_ids, int, low=0)
             put(self, "block_counts", check_array("block_counts", self.block_counts, int, low=0))
+            if int(self.block_counts.array.sum()) != len(flat):
+                raise ValueError(
+                    f"block_counts must add up to the number of block_ids ({len(flat)}), "
+                    f"got {int(self.block_counts.array.sum())}"
+                )
+        _, numbers = np.unique(flat.array, return_inverse=True)
+        put(self, "block_ids", Values(numbers, is_read=flat.is_read))
         blocks = -(-self.prompt_tokens.array // self.id_block_tokens)
         if len(self.block_counts) == len(blocks) and (self.block_counts.array > blocks).any():
             at = int((self.block_counts.array > blocks).argmax())

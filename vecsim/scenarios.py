@@ -97,6 +97,7 @@ def lower(plan: Plan, time_limit: float) -> Table:
     # Axes over components and their inner fields: one declaration for each combination.
     token = TokenTables() if plan.engine.is_token else None
     fast = COLUMNS if token is None else TOKEN_COLUMNS
+    fast = {axis.path: fast[axis.path] for axis in plan.axes if axis.path in fast and axis.values.dtype != object}
     inner = [axis for axis in plan.axes if axis.path not in fast]
     over = tuple(dim for dim in dims if any(dim in axis.dims for axis in inner))
     tables: dict[Any, int] = {}

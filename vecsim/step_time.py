@@ -1,11 +1,12 @@
 """Step-time models: how long a step takes, from what the batch does. Declaration and rule side by side."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 
-from vecsim.declaration import Declaration, NonNegative, Range, check_array
+from vecsim.declaration import Declaration, NonNegative, Range, check_array, shown
 from vecsim.own import check_own, name_of, named, stands_for
 
 # Codes of the rule `duration`
@@ -225,8 +226,10 @@ class TableStepTime(StepTime, frozen=True, kw_only=True, tag=True):
             terms, context_step = read_terms(Path(self.file), self.format)
             msgspec.structs.force_setattr(self, "terms", terms)
             msgspec.structs.force_setattr(self, "context_step", context_step)
-        if not self.terms:
-            raise ValueError("terms must be one or more tables, or file name one, got none")
+        terms = tuple(self.terms) if isinstance(self.terms, Sequence) else (self.terms,)
+        if not terms or any(not isinstance(term, TableTerm) for term in terms):
+            raise ValueError(f"terms must be one TableTerm or more, or file name a table, got {shown(self.terms)}")
+        msgspec.structs.force_setattr(self, "terms", terms)
 
     def label(self) -> str:
         return f"TableStepTime({self.file})" if self.file else f"TableStepTime({len(self.terms)} terms)"

@@ -216,4 +216,4 @@ def refuse_endless(columns: dict[str, Array], time_limit: float) -> None:
         return
     endless = (columns["arrivals"] == CLOSED) | (columns["requests"] >= ENDLESS_REQUESTS)
     if endless.any():
-        raise ValueError("time_limit must be given where the load has no end (a number of `requests` ends it)")
+        raise ValueError("time_limit must be given where the load has no end (a closed loop, or no number of requests)")

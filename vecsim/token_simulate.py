@@ -12,6 +12,7 @@ from vecsim.kernel.state import (
     BAD_DURATION,
     DONE,
     INTERRUPTED,
+    TOO_LONG,
     Array,
     StepRecord,
     Streams,
@@ -20,6 +21,7 @@ from vecsim.kernel.state import (
     TokenStreams,
     TokenWork,
 )
+from vecsim.lengths import MOST_TOKENS
 from vecsim.load import OUTPUT, PROMPT, TURNS
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_rule
 from vecsim.streams import draw_streams, values_of
@@ -69,6 +71,7 @@ def run_token_block(
     size = block.rows.size
     status = np.full(size, INTERRUPTED, np.int64)
     room = Room(table, block, numbers, streams)
+    room.require(workers.threads)
     own = threading.local()
     latest: dict[str, Any] = {"run": None}
     record = StepRecord(np.empty((2, steps)), np.empty((6, steps), np.int64))
@@ -91,9 +94,13 @@ def run_token_block(
         outcome = DONE, 0
         for rule, begin, end in same_rule(block.own, first, last):
             outcome = kernels[rule](begin, end, job())
-            refused = np.flatnonzero(status[begin:end] == BAD_DURATION)
-            if refused.size:
-                raise ValueError(bad_duration(table, rule))
+            if (status[begin:end] == BAD_DURATION).any():
+                raise ValueError(bad_duration(table, rule, own.room[1]))
+            if (status[begin:end] == TOO_LONG).any():
+                raise ValueError(
+                    f"a scenario must have fewer than 2**30 decode steps, and prompts of its conversations at most "
+                    f"{MOST_TOKENS:,} tokens: shorten time_limit, or turns"
+                )
         return outcome
 
     keeps_requests = results.record.arrived_at.shape[1] > 0
@@ -124,11 +131,16 @@ def trimmed(record: StepRecord, work: TokenWork) -> StepRecord:
     return StepRecord(record.times[:, :made], record.counts[:, :made])
 
 
-def bad_duration(table: Table, place: int) -> str:
+def bad_duration(table: Table, place: int, work: TokenWork) -> str:
     """What to say of a step whose duration can't be; `place` is that of its rule in the table's."""
+    from vecsim.kernel.token_state import LONGEST, NOW
+
     rule = table.rules[place][1] if place >= 0 else None
     name = f"rule {rule.py_func.__name__}" if rule is not None else "the step time"
-    return f"{name} must return a number of seconds > 0 that is no infinity, and is more than the clock's last digit"
+    return (
+        f"{name} must return a number of seconds > 0 that is no infinity and is more than the clock's last digit, "
+        f"got {work.sums[LONGEST]:g} at {work.sums[NOW]:g} s"
+    )
 
 
 def token_streams(table: Table, numbers: Streams, arrivals: Streams) -> TokenStreams:
@@ -171,6 +183,29 @@ class Room:
         self.longest = int(numbers.longest[block.stream[:, OUTPUT]].max())
         self.ids, self.with_ids, self.nodes = self._blocks(column, block, numbers, streams)
         self.caching = bool(column["caching"].any())
+        self.ring = 1 << max(3, (self.longest + 2).bit_length())
+
+    def require(self, threads: int) -> None:
+        """Refuse what would not fit in memory.
+
+        Raises
+        ------
+        ValueError
+            With the size, what takes it, and what to do.
+        """
+        from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
+
+        cached = (4.0 * (NODE_ROWS * self.nodes + self.ids + OWNED_ROWS * self.requests) + self.with_ids) * self.caching
+        parts = {
+            f"{self.requests:.3g} requests in one scenario": float(BYTES_PER_REQUEST) * self.requests,
+            f"outputs of up to {self.longest:.3g} tokens": 8.0 * self.ring,
+            f"{self.with_ids:.3g} blocks with ids, of the prompts of all requests": cached,
+        }
+        memory.require(
+            threads * sum(parts.values()),
+            max(parts, key=lambda what: parts[what]),
+            "a shorter time_limit, a lower load, shorter conversations or fewer threads",
+        )
 
     def _blocks(
         self, column: dict[str, Array], block: Block, numbers: Streams, streams: TokenStreams
@@ -205,7 +240,6 @@ class Room:
         from vecsim.kernel.tally import LATENCIES
 
         n, slots = self.requests, self.slots + 1
-        ring = 1 << max(3, (self.longest + 2).bit_length())
 
         def whole(*shape: int) -> Array:
             return np.zeros(shape, np.int32)
@@ -237,8 +271,8 @@ class Room:
             gaps=np.zeros(token_state.GAP_BINS, np.int64),
             own=whole(token_state.OWN_ROWS, n),
             times=np.zeros((token_state.TIME_ROWS, n)),
-            first=whole(ring),
-            unclip=whole(ring),
+            first=whole(self.ring),
+            unclip=whole(self.ring),
             residues=whole(self.block_size),
             prefills=whole(slots),
             chunk_of=whole(slots),

@@ -119,7 +119,7 @@ TOKEN_VARIABLES = (
         "time between two tokens of a request; quantiles to 0.2 %, mean and max exact",
         over_stat=True,
     ),
-    Variable("arrived", "requests arrived", "requests", "requests that came, refused ones included", whole=True),
+    Variable("arrived", "requests arrived", "requests", "requests that entered the queue or were refused", whole=True),
     Variable("started", "requests started", "requests", "requests that left the queue for a slot", whole=True),
     Variable("first_tokens", "requests with a first token", "requests", "samples of ttft", whole=True),
     Variable("completed", "requests completed", "requests", "samples of e2e", whole=True),
@@ -141,7 +141,12 @@ TOKEN_VARIABLES = (
         "requests that kept to all their limits, of those that were completed or refused",
     ),
     Variable("final_queue", "final queue size", "requests", "queue size at the end", whole=True),
-    Variable("mean_queue", "mean queue size", "requests", "time-weighted mean of the requests that wait"),
+    Variable(
+        "mean_queue",
+        "mean queue size",
+        "requests",
+        "time-weighted mean of the requests that wait, from when they can be queued",
+    ),
     Variable("max_queue", "maximal queue size", "requests", "largest queue size during a step", whole=True),
     Variable("utilization", "slot utilization", "1", "time-weighted mean of running requests / slots"),
     Variable("kv_use", "KV memory in use", "1", "time-weighted mean of held blocks / blocks; NaN if memory is endless"),
@@ -160,7 +165,9 @@ TOKEN_VARIABLES = (
 
 CLASS_VARIABLES = (
     Variable("class_goodput", "goodput by class", "requests/s", "goodput of each class"),
-    Variable("class_slo_attainment", "SLO attainment by class", "1", "of the completed requests of each class"),
+    Variable(
+        "class_slo_attainment", "SLO attainment by class", "1", "of the completed and refused requests of each class"
+    ),
     Variable("class_completed", "requests completed by class", "requests", "of each class", whole=True),
 )
 

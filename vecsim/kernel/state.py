@@ -10,7 +10,7 @@ NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, EXPONENTIAL_DRAWS, GAMMA_DRAWS, RECORDED 
 
 # What became of a scenario: done, more requests are needed than were drawn, the user interrupted, the batcher's rule
 # returned what can't be, there are more steps than room for their record, or a step's duration can't be
-DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED, OUT_OF_STEPS, BAD_DURATION = range(6)
+DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED, OUT_OF_STEPS, BAD_DURATION, TOO_LONG = range(7)
 
 # What holds a request's blocks in the token model: those that its computed tokens need, those of its whole prompt from
 # the start, or what was reserved when it was admitted
@@ -161,7 +161,7 @@ class TokenBatch(NamedTuple):
     free: int  # slots
     queued: int  # requests in the queue
     time: float  # seconds since the run began
-    waited: float  # seconds since this request arrived (or was preempted)
+    waited: float  # seconds since this request was queued (or preempted)
     prefill_requests: int  # whose prompts are scheduled in this step already
     prefill_tokens: int  # so scheduled
     decode_context: int  # tokens in the context of the decoding requests

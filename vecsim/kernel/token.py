@@ -13,7 +13,7 @@ from vecsim.kernel.duration import duration, is_formula, step_of
 from vecsim.kernel.heap import pop, push
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned
 from vecsim.kernel.kv import FREE
-from vecsim.kernel.state import BAD_DURATION, DONE, INTERRUPTED, OUT_OF_REQUESTS, OUT_OF_STEPS, RESERVED
+from vecsim.kernel.state import BAD_DURATION, DONE, INTERRUPTED, OUT_OF_REQUESTS, OUT_OF_STEPS, RESERVED, TOO_LONG
 from vecsim.kernel.token_batch import drop_empty_groups, form, reservation
 from vecsim.kernel.token_coast import can_coast, coast, cruise
 from vecsim.kernel.token_state import (
@@ -108,6 +108,9 @@ from vecsim.kernel.token_state import (
 # Look for an interruption once in so many steps
 WATCH = 1 << 16
 
+# Decode steps are filed as int32, as far ahead as the longest output
+MOST_STEPS = (1 << 30) - 2 * WATCH
+
 
 @inlined
 def issue(work, load, request, at):
@@ -116,6 +119,15 @@ def issue(work, load, request, at):
     work.times[SINCE, unsigned(request)] = at + load.before_queue
     push(work.coming, work.counts[COMING], request, work.times[SINCE], load.arrived_at)
     work.counts[COMING] += 1
+
+
+@bare
+def forget_steps(counts, sums, gaps):
+    """Count steps from now on: the warm-up is over."""
+    sums[GAP_SUM] = sums[GAP_MAX] = sums[BUSY] = sums[USED] = 0.0
+    counts[GAPS] = counts[MAX_QUEUE] = counts[STEPS] = counts[SCHEDULED] = counts[TOKENS] = counts[PEAK] = 0
+    gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
+    counts[GAP_LOW], counts[GAP_HIGH] = GAP_BINS, 0
 
 
 @bare
@@ -225,12 +237,12 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             if stop[0]:
                 status = INTERRUPTED
                 break
+            if counts[STEP] > MOST_STEPS:
+                status = TOO_LONG
+                break
         if not measuring and t >= warmup:
             measuring = True
-            sums[GAP_SUM] = sums[GAP_MAX] = sums[BUSY] = sums[USED] = 0.0
-            counts[GAPS] = counts[MAX_QUEUE] = counts[STEPS] = counts[SCHEDULED] = counts[TOKENS] = counts[PEAK] = 0
-            gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
-            counts[GAP_LOW], counts[GAP_HIGH] = GAP_BINS, 0
+            forget_steps(counts, sums, gaps)
 
         begin = t
         due = min(static_due, dynamic_due)
@@ -260,7 +272,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     counts[ENQUEUED] += 1
                     own[COMPUTED, r] = 0
                     own[GENERATED, r] = 0
-                    times[SINCE, r] = arrived_at[r]
+                    times[SINCE, r] = arrived_at[r] + load.before_queue
                     prompt_tokens, output_tokens, cap = int(prompt[r]), int(output[r]), int(caps[r])
                     if (
                         prompt_tokens + output_tokens > policy.longest
@@ -374,6 +386,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             t = begin + duration(model, done_now, own_duration)
             gap = t - begin
             if not (gap > 0.0 and gap < np.inf):
+                sums[NOW], sums[LONGEST] = begin, gap
                 status = BAD_DURATION
                 break
             if room_for > 0:
@@ -533,6 +546,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     dynamic_due = times[SINCE, unsigned(coming[0])]
             if status != DONE:
                 break
+    if not measuring:
+        forget_steps(counts, sums, gaps)
     if t < time_limit < np.inf and status == DONE:
         t = time_limit
     sums[END_TIME] = t

@@ -364,7 +364,7 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
             counts[HEAP] -= 1
         counts[WAITING] -= 1
         counts[RUNNING] += 1
-        sums[BACKLOG] += t - max(times[SINCE, r], measured_from)
+        sums[BACKLOG] += max(t - max(times[SINCE, r], measured_from), 0.0)
         if own[PREEMPTIONS, r] == 0:
             times[STARTED_AT, r] = t
             own[HIT, r] = cached

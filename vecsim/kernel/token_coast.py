@@ -87,7 +87,7 @@ def coast(
     most = watch - all_steps
     steps = 0
     shortest, longest = np.inf, 0.0
-    used = 0.0
+    used = gap = 0.0
     held = float(blocks - free)
     status = DONE
     while steps < most:
@@ -131,7 +131,9 @@ def coast(
     if t == np.inf:
         status = BAD_DURATION
     counts[STATUS] = status
-    if steps > 0:
+    if status == BAD_DURATION:
+        sums[NOW], sums[LONGEST] = t, gap
+    elif steps > 0:
         spent = t - begin
         counts[FREE] = free
         counts[STEP] = step
@@ -168,7 +170,7 @@ def cruise(
     last = arrivals
     begin = t
     shortest, longest = np.inf, 0.0
-    used = busy = gap_sum = backlog = last_decode = 0.0
+    used = busy = gap_sum = backlog = last_decode = gap = 0.0
     held = float(blocks - free)
     status = DONE
     while steps < most and t < horizon:
@@ -290,7 +292,7 @@ def cruise(
             request = unsigned(new)
             size, length = int(prompt[request]), int(output[request])
             came = arrived_at[request]
-            backlog += begin - max(came, measured_from)
+            backlog += max(begin - max(came + before_queue, measured_from), 0.0)
             if came >= measured_from:
                 known += size
             put_on_stack(counts, own, stack, new)
@@ -319,6 +321,8 @@ def cruise(
     if t == np.inf:
         status = BAD_DURATION
     counts[STATUS] = status
+    if status == BAD_DURATION:
+        sums[LONGEST] = gap
     counts[ENQUEUED] += started
     counts[PROMPT_TOKENS] += known
     counts[ARRIVALS] = arrivals

@@ -1,5 +1,7 @@
 """Scenarios of the token model: prepare the requests, run the step loop, tally. Each call does a range of rows."""
 
+import math
+
 import numpy as np
 
 from vecsim.kernel import token_state
@@ -11,6 +13,7 @@ from vecsim.kernel.state import (
     DONE,
     INTERRUPTED,
     OUT_OF_REQUESTS,
+    TOO_LONG,
     Cache,
     Formula,
     Memory,
@@ -20,6 +23,7 @@ from vecsim.kernel.state import (
 )
 from vecsim.kernel.tally import E2E, QUEUE_TIME, TPOT, TTFT, write_latencies
 from vecsim.kv_cache import ENDLESS as ENDLESS_BLOCKS
+from vecsim.lengths import MOST_TOKENS
 from vecsim.load import AT_ONCE, CAP, CLASS, CLOSED, EVENLY, GROUP, OUTPUT, PIECEWISE, PROMPT, TURNS
 
 # What a scenario is told, number by number
@@ -65,6 +69,9 @@ TABLES, TERMS, ARRIVALS, RATE, REQUESTS, THINK, STAGE, STAGES, REPEATS, CAPPED =
 # Fields of a class
 URGENCY, TTFT_LIMIT, TPOT_LIMIT, ITL_LIMIT, E2E_LIMIT, CLASS_FIELDS = range(6)
 
+# So many rounds of stages without a request are passed over at once
+MANY_ROUNDS = 1000.0
+
 # Metrics of a class, after those of all requests
 CLASS_METRICS = 3
 
@@ -107,12 +114,21 @@ def fill_stages(stages, first, number, repeats, scale, units, time_limit, out):
     t = area = 0.0
     stage = 0
     n = out.size - 1
+    area_of_all = time_of_all = 0.0
+    for i in range(first, first + number):
+        time_of_all += stages[i, 0]
+        area_of_all += stages[i, 0] * stages[i, 1]
     for i in range(n):
         target = units[i] / scale
+        if repeats and target - area > MANY_ROUNDS * area_of_all:
+            rounds = math.floor((target - area) / area_of_all) - 1.0
+            area += rounds * area_of_all
+            t += rounds * time_of_all
         while True:
             duration, rate = stages[first + stage, 0], stages[first + stage, 1]
             is_last = stage == number - 1 and not repeats
-            if rate > 0.0 and (is_last or area + rate * duration >= target):
+            # An area too small to be added up never comes to more.
+            if rate > 0.0 and (is_last or area + rate * duration >= target or area + rate * duration == area):
                 out[i] = t + (target - area) / rate
                 break
             if is_last or t >= time_limit:
@@ -203,7 +219,10 @@ def prepare(p, numbers, arrival_stream, streams, time_limit, scratch):
                 follower[before] = last
                 think[last] = p[SESSION_THINK]
                 arrived_at[last] = np.inf
-                prompt[last] += prompt[before] + output[before] - prefix_tokens
+                tokens = prompt[last] + int(prompt[before]) + output[before] - prefix_tokens
+                if tokens > MOST_TOKENS:
+                    return TOO_LONG, n, static
+                prompt[last] = tokens
                 scratch.classes[last] = scratch.classes[i]
                 before = last
                 last += 1
@@ -292,6 +311,9 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
         arrived += 1
         if state == token_state.DROPPED_AT_ONCE:
             dropped += 1
+            if number_of_classes > 0:
+                class_ = int(load.classes[r]) if load.classes.size > 0 else 0
+                by_class[CLASS_METRICS * class_ + 1] += 1
             continue
         preempted += own[token_state.PREEMPTIONS, r]
         value = times[token_state.STARTED_AT, r] - came
@@ -394,7 +416,7 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
     out[at + 21] = steps
     for class_ in range(number_of_classes):
         kept = by_class[CLASS_METRICS * class_]
-        done = by_class[CLASS_METRICS * class_ + 2]
+        done = by_class[CLASS_METRICS * class_ + 2] + by_class[CLASS_METRICS * class_ + 1]
         by_class[CLASS_METRICS * class_] = kept / spent if spent > 0.0 else np.nan
         by_class[CLASS_METRICS * class_ + 1] = kept / done if done > 0 else np.nan
 
