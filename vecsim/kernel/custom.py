@@ -7,13 +7,17 @@ for compiled into what calls it, it would be optimised again as a part of that.
 """
 
 import functools
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 import numba
 
 from vecsim.kernel.address import BATCHES, COUNT, TICK_LOOP, TICK_OUTCOME, TIME, TOKEN_LOOP, address_of, compiled
-from vecsim.kernel.jit import OPTIONS
+from vecsim.kernel.jit import CACHE_FOLDER, OPTIONS, is_compiled
 from vecsim.kernel.state import Job, Outcome, TokenJob
 
 
@@ -66,6 +70,32 @@ def rule_address(rule: Any, kind: str, returned: Any) -> tuple[Any, int]:
     return own, address_of(own, (BATCHES[kind],), returned)
 
 
+COMPILE_BESIDE = """
+import pickle, sys
+from vecsim.kernel.address import compiled
+from vecsim.kernel.token_scenarios import run_token_scenarios
+compiled(run_token_scenarios, pickle.load(sys.stdin.buffer))
+"""
+
+
+def compile_beside(kinds: tuple[Any, ...]) -> "subprocess.Popen[bytes]":
+    """Have another process compile `run_token_scenarios` into the disk cache, while this one compiles the step loop.
+
+    numba compiles on one thread a process. Should the other fail, it is compiled here.
+    """
+    places = {"PYTHONPATH": os.pathsep.join(sys.path), "VECSIM_CACHE_DIR": str(CACHE_FOLDER.parent)}
+    helper = subprocess.Popen(
+        [sys.executable, "-c", COMPILE_BESIDE],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | places,
+    )
+    assert helper.stdin is not None
+    helper.stdin.write(pickle.dumps(kinds))
+    helper.stdin.close()
+    return helper
+
+
 def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
     """`run_token_scenarios` with a batcher's rule and a step time of the user's own, None where there is none."""
     from vecsim.kernel.token import simulate
@@ -75,7 +105,12 @@ def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, Tok
     rule_at = rule_address(rule, "token", COUNT)[1] if rule is not None else 0
     step_time_at = rule_address(step_time, "step", TIME)[1] if step_time is not None else 0
     kinds = (COUNT, COUNT, COUNT, COUNT, COUNT, numba.typeof(job))
+    helper = None
+    if not (is_compiled("simulate") or is_compiled("run_token_scenarios")):
+        helper = compile_beside(kinds)
     loop = address_of(simulate, TOKEN_LOOP, COUNT)
+    if helper is not None:
+        helper.wait()
     run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, loop, rule_at, step_time_at)
     names = " or ".join(function.py_func.__name__ for function in own if function is not None)
 

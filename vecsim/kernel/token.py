@@ -11,7 +11,7 @@ import numpy as np
 from vecsim.kernel import kv
 from vecsim.kernel.duration import duration, is_formula, step_of
 from vecsim.kernel.heap import pop, push
-from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned
+from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.state import BAD_DURATION, DONE, INTERRUPTED, OUT_OF_REQUESTS, OUT_OF_STEPS, RESERVED, TOO_LONG
 from vecsim.kernel.token_batch import drop_empty_groups, form, reservation
@@ -227,7 +227,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     counts[ISSUED] = static
     measured_from = warmup
     measuring = warmup <= 0.0
-    all_steps = 0
+    all_steps = whole(0)  # a literal 0 would compile `cruise` and `coast` once more
     watch = WATCH
     status = DONE
 
@@ -406,7 +406,14 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             held = blocks - counts[FREE]
             scheduled = prefill_requests + decode_requests
             add_steps(
-                counts, sums, 1, scheduled, prefill_tokens + decode_requests, counts[RUNNING] * gap, held * gap, held
+                counts,
+                sums,
+                whole(1),
+                scheduled,
+                prefill_tokens + decode_requests,
+                counts[RUNNING] * gap,
+                held * gap,
+                held,
             )
             if decodes > 0:
                 # The gaps between the last token and this one
@@ -414,7 +421,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 for i in range(was_starved):
                     r = unsigned(starving[unsigned(policy.slots + i)])
                     if own[STARVING, r] == 1:
-                        add_gaps(counts, sums, gaps, t - times[LAST_AT, r], 1)
+                        add_gaps(counts, sums, gaps, t - times[LAST_AT, r], whole(1))
                         if load.watches_gaps and t - times[LAST_AT, r] > load.itl_limits[class_of(load, r)]:
                             own[LATE, r] = TOO_LATE
                         own[STARVING, r] = 0
@@ -485,7 +492,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 times[FIRST_AT, r] = t
                 times[LAST_AT, r] = t
             else:
-                add_gaps(counts, sums, gaps, t - times[LAST_AT, r], 1)
+                add_gaps(counts, sums, gaps, t - times[LAST_AT, r], whole(1))
             if load.watches_gaps:
                 join_punctual(work, load, r, t - times[LAST_AT, r])
             own[GENERATED, r] += 1

@@ -506,7 +506,7 @@ def form(work, load, cache, memory, policy, own_rule, measured_from, t):
             tokens = 1
         elif policy.custom:
             tokens = asked_of_rule(
-                own_rule, work, load, memory, policy, request, rest, int(own[COMPUTED, r]), 1, sent, t
+                own_rule, work, load, memory, policy, request, rest, int(own[COMPUTED, r]), 1, whole(sent), t
             )
         else:
             tokens = min(rest, left)

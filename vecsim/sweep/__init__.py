@@ -112,7 +112,7 @@ def progress_bar(total: int, shown: bool, kernel: str) -> Any:
     from vecsim.kernel.jit import is_compiled
 
     if not is_compiled(kernel):
-        spent = "a minute" if kernel == "run_token_scenarios" else "some 20 s"
+        spent = "some 50 s" if kernel == "run_token_scenarios" else "some 20 s"
         print(f"compiling the kernels: this once, {spent}", file=sys.stderr, flush=True)
     if "ipykernel" in sys.modules:
         from tqdm.auto import tqdm
