@@ -170,16 +170,16 @@ class Declaration(msgspec.Struct, metaclass=Declared, frozen=True, kw_only=True,
 class Values:
     """An array in a declaration: never changed, equal and hashed by its content."""
 
-    __slots__ = ("array", "digest", "is_read")
+    __slots__ = ("array", "digest", "read_from")
 
-    def __init__(self, array: Any, is_read: bool = False) -> None:
+    def __init__(self, array: Any, read_from: Any = None) -> None:
         import hashlib
 
         import numpy as np
 
         self.array = np.array(array)
         self.array.flags.writeable = False
-        self.is_read = is_read  # from a file that the declaration names
+        self.read_from = read_from  # the file that the declaration names, and how it is read
         self.digest = hashlib.sha256(self.array.tobytes()).hexdigest()[:16] + f" {self.array.shape}"
 
     def __eq__(self, other: object) -> bool:
@@ -199,7 +199,7 @@ class Values:
 
     def plain(self) -> Any:
         """A list if it's short, else what it can be told by; None if it can be read from its file again."""
-        if self.is_read:
+        if self.read_from is not None:
             return None
         return self.array.tolist() if self.array.size <= LONGEST_LIST else f"{NOT_WRITTEN} {self.digest}"
 

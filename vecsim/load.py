@@ -1,6 +1,7 @@
 """Load generators: when requests arrive and how long they are. Declaration and rule side by side."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -531,6 +532,10 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
         return (total + self.request_rates[-1] * left) / time_limit
 
 
+# Fields of a trace that a file may have
+ARRAYS = ("arrived_at", "prompt_tokens", "output_tokens", "max_tokens", "block_ids", "block_counts", "class_names")
+
+
 class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     """Requests as they were recorded.
 
@@ -558,12 +563,12 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
         Lengths are multiplied by this and rounded up; blocks beyond the shorter prompt, or beyond the given ids, are
         each request's own.
     file, format, on_error
-        Instead of arrays: what to read, as for `read_trace`.
+        Instead of arrays: what to read, as for `read_trace`. An array that the file lacks may be given beside it.
 
     Raises
     ------
     ValueError
-        When an array is wrong: names it, the place and what is allowed.
+        When an array is wrong, or the file has it too: names it, the place and what is allowed.
     """
 
     arrived_at: Any = None
@@ -586,7 +591,7 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         put = msgspec.structs.force_setattr
-        if self.file is not None and self.prompt_tokens is None:
+        if self.file is not None:
             self._read()
         if self.prompt_tokens is None or self.output_tokens is None:
             raise ValueError("prompt_tokens and output_tokens must be given, or a file to read them from")
@@ -595,7 +600,7 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
                 put(self, name, check_array(name, getattr(self, name), int, low=1, high=MOST_TOKENS))
         size = len(self.prompt_tokens)
         if self.arrived_at is None:
-            put(self, "arrived_at", Values([0.0] * size, is_read=self.prompt_tokens.is_read))
+            put(self, "arrived_at", Values([0.0] * size, self.prompt_tokens.read_from))
         put(self, "arrived_at", check_array("arrived_at", self.arrived_at, float, low=0, high=LONGEST_TIME))
         self._check_blocks()
         if size == 0:
@@ -632,6 +637,10 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
 
         put = msgspec.structs.force_setattr
         if self.block_ids is None:
+            if self.id_block_tokens is not None:
+                raise ValueError(
+                    f"id_block_tokens must be left out where there are no block_ids, got {shown(self.id_block_tokens)}"
+                )
             return
         if self.id_block_tokens is None:
             raise ValueError("id_block_tokens must be given where block_ids are")
@@ -658,21 +667,36 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
             )
 
     def _read(self) -> None:
-        """Take the arrays from the file."""
+        """Take the arrays from the file, unless they were read there before this was copied or pickled."""
         from vecsim.traces import read_columns
 
-        own_blocks = {"id_block_tokens": self.id_block_tokens} if self.format == "csv" else {}
-        trace = read_columns(Path(str(self.file)), self.format, self.on_error, **own_blocks)
         put = msgspec.structs.force_setattr
-        for name in ("arrived_at", "prompt_tokens", "output_tokens", "max_tokens"):
-            if getattr(trace, name) is not None:
-                put(self, name, Values(getattr(trace, name), is_read=True))
+        there = (self.file, self.format, self.on_error)
+        given = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
+        known = {name: value for name, value in given.items() if isinstance(value, Values) and value.read_from}
+        if known.keys() >= {"prompt_tokens", "output_tokens"} and all(v.read_from == there for v in known.values()):
+            return
+        own_ids = "block_ids" in given.keys() - known.keys()
+        trace = read_columns(
+            Path(str(self.file)), self.format, self.on_error, id_block_tokens=None if own_ids else self.id_block_tokens
+        )
+        arrays = {name: getattr(trace, name) for name in ("arrived_at", "prompt_tokens", "output_tokens", "max_tokens")}
         if trace.id_block_tokens:
-            put(self, "block_ids", Values(trace.block_ids, is_read=True))
-            put(self, "block_counts", Values(trace.block_counts, is_read=True))
+            arrays |= {"block_ids": trace.block_ids, "block_counts": trace.block_counts}
             put(self, "id_block_tokens", trace.id_block_tokens)
         if trace.classes:
-            put(self, "class_names", Values([trace.classes[i] for i in trace.class_], is_read=True))
+            arrays["class_names"] = [trace.classes[i] for i in trace.class_]
+        for name in ARRAYS:
+            read = arrays.get(name)
+            if read is not None and name in given.keys() - known.keys():
+                raise ValueError(f"{name} must be left out where a file has it, got {shown(given[name])}")
+            if read is not None or name in known:
+                put(self, name, None if read is None else Values(read, there))
+        if trace.skipped:
+            warnings.warn(
+                f"{self.file}: malformed rows left out: {trace.skipped}; the first: {trace.first_skipped}",
+                stacklevel=4,
+            )
 
     def length_streams(self) -> tuple[Stream, Stream, Stream]:
         return (
@@ -727,9 +751,9 @@ def read_trace(
         "burstgpt", "vidur" (num_prefill_tokens, num_decode_tokens, arrived_at if there) or "csv" (arrived_at,
         prompt_tokens, output_tokens and, optionally, max_tokens, class, block_ids).
     on_error : "raise" or "skip"
-        What a malformed row does; rows left out are counted in a warning.
+        What a malformed row does; rows left out are counted in a warning, with what is wrong with the first.
     **fields
-        Of `TraceLoadGenerator`, such as `rate_scale`.
+        Of `TraceLoadGenerator`, such as `rate_scale`; `id_block_tokens` where a plain csv has block_ids.
 
     Returns
     -------
