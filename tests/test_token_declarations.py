@@ -68,7 +68,7 @@ def engine(**fields):
             "block_size must divide id_block_tokens (20) of the trace, got 16",
         ),
         (
-            lambda: sim.PiecewiseLoadGenerator(request_rates=[1, 2], durations=[1], prompt_tokens=1),
+            lambda: sim.PiecewiseLoadGenerator(request_rates=[1, 2], durations=[1], prompt_tokens=1, output_tokens=1),
             "request_rates and durations must be one or more, and as many, got 2 and 1",
         ),
         (lambda: sim.PiecewiseLoadGenerator(request_rates=[-1], durations=[1]), "request_rates must be numbers >= 0"),
@@ -76,7 +76,28 @@ def engine(**fields):
             lambda: sim.PoissonLoadGenerator(prompt_tokens=1, output_tokens=sim.Empirical(values=[1]), joint=True),
             "joint: prompt_tokens and output_tokens must be Empirical, with as many values",
         ),
-        (lambda: engine(load_generator=sim.PoissonLoadGenerator(prompt_tokens=1)).run(), "time_limit must be given"),
+        (
+            lambda: engine(load_generator=sim.PoissonLoadGenerator(prompt_tokens=1, output_tokens=1)).run(),
+            "time_limit must be given",
+        ),
+        (
+            lambda: sim.PoissonLoadGenerator(prompt_tokens=100, target_output_len_std=1),
+            "output_tokens must be given where prompt_tokens is",
+        ),
+        (
+            lambda: sim.PiecewiseLoadGenerator.bursts(base_rate=1, burst_rate=2, burst_duration="1", period=3),
+            "burst_duration must be a number, got '1'",
+        ),
+        (
+            lambda: sim.PiecewiseLoadGenerator.bursts(base_rate=1, burst_rate=2, burst_duration=3, period=3),
+            "burst_duration must be > 0 and < period (3), got 3",
+        ),
+        (lambda: sim.PiecewiseLoadGenerator.diurnal(mean_rate=None), "mean_rate must be a number, got None"),
+        (lambda: sim.PiecewiseLoadGenerator.diurnal(mean_rate=1, stages=2.5), "stages must be a whole number, got 2.5"),
+        (
+            lambda: sim.TraceLoadGenerator(prompt_tokens=[1], output_tokens=[1], id_block_tokens=16),
+            "id_block_tokens must be left out where there are no block_ids, got 16",
+        ),
         (
             lambda: sim.sweep(engine(), 10, max_num_batched_tokens=[8, 2], progress=False),
             "max_num_batched_tokens must be >= max_batch_size (4), got 2",
@@ -175,6 +196,19 @@ def test_a_table_interpolates_and_extrapolates_with_one_warning(tmp_path):
     assert sim.Engine.from_toml(run.engine.to_toml()) == run.engine
     with pytest.warns(UserWarning, match="steps were outside the tables"):
         engine(load_generator=sim.TraceLoadGenerator(prompt_tokens=[149], output_tokens=[2]), step_time=step_time).run()
+
+
+@pytest.mark.parametrize("text", ["x," * 100_000 + "\n", '{"tokens": [' + "1," * 100_000 + "1]}\n"])
+def test_a_file_that_is_no_table_is_shown_in_part(tmp_path, text):
+    path = tmp_path / "steps.csv"
+    for content in (text, "tokens,seconds\n" + text):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"steps\.csv") as error:
+            sim.TableStepTime(file=str(path))
+        assert len(str(error.value)) < 300
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"steps\.csv can't be read as csv \('utf-8' codec"):
+        sim.TableStepTime(file=str(path))
 
 
 def test_rates_in_stages_bring_the_requests_of_each_stage():

@@ -20,6 +20,7 @@ from vecsim.declaration import (
     Seed,
     Time,
     Values,
+    check,
     check_array,
     shown,
 )
@@ -124,7 +125,8 @@ class SharedPrefix(Declaration, frozen=True, kw_only=True):
 class Sessions(Declaration, frozen=True, kw_only=True):
     """Requests come as conversations: each turn's prompt is all that was said before, and `prompt_tokens` more.
 
-    Arrivals are those of the conversations.
+    Arrivals are those of the conversations: a load's rate is theirs, and its number of requests (`requests`,
+    `initial_batch`) is how many conversations there are.
 
     Parameters
     ----------
@@ -169,8 +171,9 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
         Steps over which a prefill is spread; above 1 this is "chunked context".
     output_tokens : int or distribution, optional
         Output length [tokens]: a number, `Constant`, `Normal`, `Uniform`, `LogNormal`, `Zipf` or `Empirical`.
+        Needed in the token model.
     target_output_len_tokens, target_output_len_std : float, optional
-        Shorthand for `output_tokens=Normal(mean, std)`; 4 and 0 unless given.
+        Shorthand for `output_tokens=Normal(mean, std)`; 4 (in the tick model) and 0 unless given.
     seed : int
         The same seed gives the same requests, whatever else differs.
     stream_offset : int
@@ -180,7 +183,7 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
     Raises
     ------
     ValueError
-        When a field is out of its range, or a length is given both ways.
+        When a field is out of its range, or a length is given both ways, or prompts are given and outputs aren't.
     """
 
     prompt_tokens: AnyDistribution | Number | None = None
@@ -224,6 +227,8 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
             ]
             if None in sizes or sizes[0] != sizes[1]:
                 raise ValueError("joint: prompt_tokens and output_tokens must be Empirical, with as many values")
+        if self.is_token and self.output_tokens is None and self.target_output_len_tokens is None:
+            raise ValueError("output_tokens must be given where prompt_tokens is")
         if self.sessions is not None and self.arrivals == CLOSED:
             raise ValueError("sessions must be left out in a closed loop, where requests follow one another already")
 
@@ -322,7 +327,7 @@ class BatchLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     Parameters
     ----------
     initial_batch : int
-        Number of requests.
+        Number of requests; of conversations, where there are `sessions`.
     """
 
     initial_batch: Number = 3
@@ -362,7 +367,7 @@ class RequestRateLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=Tru
     request_rate : float
         Requests per tick (per second in the token model).
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
     """
 
     request_rate: Positive = 1.0
@@ -382,7 +387,7 @@ class PoissonLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     request_rate : float
         Mean requests per tick (per second in the token model).
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
     """
 
     request_rate: Positive = 1.0
@@ -404,7 +409,7 @@ class GammaLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     coefficient_of_variation : float
         Standard deviation of the gaps over their mean; 1 is Poisson's law.
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
 
     Notes
     -----
@@ -441,7 +446,7 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
     coefficient_of_variation : float
         Of the gaps, in the time in which the rate is constant; 1 is a Poisson process.
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
 
     Notes
     -----
@@ -479,13 +484,12 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
         Raises
         ------
         ValueError
-            When the lowest rate would be negative, or an argument is out of its range.
+            When an argument is out of its range; above a `peak_to_mean` of 2 the lowest rate would be negative.
         """
-        if not 1 <= peak_to_mean <= 2 or not mean_rate > 0 or not period > 0 or stages < 1:
-            raise ValueError(
-                "a day needs mean_rate > 0, 1 <= peak_to_mean <= 2, period > 0 and stages >= 1, got "
-                f"{mean_rate:g}, {peak_to_mean:g}, {period:g} and {stages}"
-            )
+        mean_rate = check("mean_rate", mean_rate, (float,), Range(0, low_allowed=False))
+        peak_to_mean = check("peak_to_mean", peak_to_mean, (float,), Range(1, 2))
+        period = check("period", period, (float,), Range(0, LONGEST_TIME, low_allowed=False))
+        stages = check("stages", stages, (int,), Range(1, 2**20))
         rates = [
             mean_rate * (1 - (peak_to_mean - 1) * math.cos(2 * math.pi * (i + 0.5) / stages)) for i in range(stages)
         ]
@@ -500,9 +504,13 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
         Raises
         ------
         ValueError
-            When a burst takes longer than a period.
+            When an argument is out of its range, or a burst takes longer than a period.
         """
-        if not 0 < burst_duration < period:
+        base_rate = check("base_rate", base_rate, (float,), Range(0))
+        burst_rate = check("burst_rate", burst_rate, (float,), Range(0))
+        period = check("period", period, (float,), Range(0, LONGEST_TIME, low_allowed=False))
+        burst_duration = check("burst_duration", burst_duration, (float,), Range(0, low_allowed=False))
+        if burst_duration >= period:
             raise ValueError(f"burst_duration must be > 0 and < period ({period:g}), got {burst_duration:g}")
         return cls(
             request_rates=(base_rate, burst_rate),
@@ -558,7 +566,7 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     rate_scale : float
         Arrivals come so many times as fast.
     requests : int, optional
-        Only the first so many.
+        Only the first so many; conversations, where there are `sessions`.
     prompt_scale, output_scale : float
         Lengths are multiplied by this and rounded up; blocks beyond the shorter prompt, or beyond the given ids, are
         each request's own.
