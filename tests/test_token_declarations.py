@@ -1,5 +1,6 @@
 """The token model's declarations: what is refused, functions of one's own, presets, loads, tables."""
 
+import msgspec
 import numba
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ STEP = sim.LinearStepTime(base=5e-3, per_request=1e-4)
 
 def engine(**fields):
     return sim.Engine(**{"load_generator": LOAD, "step_time": STEP, "batcher": sim.TokenBudgetBatcher(), **fields})
+
+
+def preset(**fields):
+    return sim.presets.vllm(load_generator=LOAD, step_time=STEP, **fields)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,16 @@ def engine(**fields):
             "axes must be one or two different ones of",
         ),
         (lambda: sim.TableStepTime(file="nowhere.csv"), "file must name a file, got 'nowhere.csv'"),
-        (lambda: sim.presets.vllm(version="1"), "version must be one of 0.6, 0.8"),
+        (lambda: preset(version="1"), "version must be one of 0.6, 0.8, 0.10, 0.12, 0.14, 0.15, 0.16, got '1'"),
+        (lambda: preset(version=0.15), 'version must be a text, with quotes as in version="0.15", got 0.15'),
+        (lambda: preset(large_gpu="yes"), "large_gpu must be true or false, got 'yes'"),
+        (lambda: preset(kv_tokens=15), "kv_tokens must be at least a block of 16 tokens, got 15"),
+        (lambda: preset(kv_tokens=100, kv_blocks=3), "kv_tokens must be left out where kv_blocks is given, got 100"),
+        (lambda: preset(kv_blocks=0), "kv_blocks must be >= 1, got 0"),
+        (lambda: preset(kv_cache=sim.KVCache(), block_size=8), "kv_cache must be left out where block_size is given"),
+        (lambda: preset(kv_cache=sim.KVCache(), kv_tokens=64), "kv_cache must be left out where kv_tokens is given"),
+        (lambda: preset(batcher=sim.IFBatcher(), order="fcfs"), "batcher must be left out where order is given"),
+        (lambda: sim.presets.tensorrt_llm(policy="no_evict"), "did you mean guaranteed_no_evict?"),
         (lambda: sim.queue_growth(engine()), "engine must be of the tick model"),
     ],
 )
@@ -181,6 +195,32 @@ def test_a_preset_is_a_declaration_with_values(preset, fields, batcher):
     assert made.batcher == batcher
     assert sim.Engine.from_toml(made.to_toml()) == made
     assert int(made.run().metrics.completed) == 80
+
+
+@pytest.mark.parametrize(("name", "block"), [("vllm", 16), ("sglang", 1), ("tensorrt_llm", 32), ("orca", 16)])
+def test_fields_of_kv_memory_go_to_the_presets_cache(name, block):
+    make = getattr(sim.presets, name)
+    cache = make(load_generator=LOAD, step_time=STEP, kv_tokens=1000, watermark=0.25).kv_cache
+    usual = make(load_generator=LOAD, step_time=STEP, kv_blocks=1000 // block).kv_cache
+    assert cache == msgspec.structs.replace(usual, watermark=0.25)
+    small = make(load_generator=LOAD, step_time=STEP, kv_tokens=1000, block_size=8, prefix_caching=False).kv_cache
+    assert (small.blocks, small.block_size, small.prefix_caching) == (125, 8, False)
+
+
+def test_a_patch_of_a_release_is_that_release():
+    assert preset(version="0.15.1") == preset(version="0.15")
+    assert preset(version="0.10.2") == preset(version="0.10")
+
+
+def test_what_a_preset_lacks_or_doesnt_know_is_named():
+    with pytest.raises(TypeError, match="vllm needs step_time"):
+        sim.presets.vllm(load_generator=LOAD)
+    with pytest.raises(TypeError, match="sglang needs load_generator and step_time"):
+        sim.presets.sglang()
+    with pytest.raises(
+        TypeError, match=r"vllm has no field 'block'; did you mean .*block.*\(fields: version, large_gpu"
+    ):
+        preset(block=3)
 
 
 def test_a_table_interpolates_and_extrapolates_with_one_warning(tmp_path):
