@@ -86,6 +86,15 @@ def wrong(source, batch="batch"):
         ),
         (len, "rule must be compiled with numba.njit, got <built-in function len>"),
         (wrong("batch.fre"), "can't be compiled for a batch: Unknown attribute 'fre' of type Batch; did you mean free"),
+        (
+            wrong("batch.itll"),
+            r"did you mean itl.*\(a batch of the tick model has .*, itl, .*token model has .*head_class",
+        ),
+        (wrong("batch.prefil_tokens"), "Unknown attribute 'prefil_tokens' of type Batch; did you mean prefill_tokens"),
+        (
+            wrong("batch.blocks + batch.hed_tokens"),
+            "Unknown attribute 'hed_tokens' of type Batch; did you mean head_tok",
+        ),
         (wrong("batch.free", "batch, x"), "can't be compiled for a batch: .* function takes 2 arguments"),
         (wrong("nothing(batch)"), "can't be compiled for a batch: NameError: name 'nothing' is not defined"),
         (wrong("batch.free / 2"), "must return a whole number on every path, got float64"),

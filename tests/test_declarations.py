@@ -180,9 +180,24 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_is_allowed(make, messag
     assert message in str(error.value)
 
 
-def test_an_unknown_field_is_refused():
-    with pytest.raises(TypeError, match="initial_bach"):
-        sim.BatchLoadGenerator(initial_bach=3)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: sim.BatchLoadGenerator(initial_bach=3),
+            "BatchLoadGenerator has no field 'initial_bach'; did you mean",
+        ),
+        (lambda: sim.SLO(tbt=1), "SLO has no field 'tbt'; did you mean ttft or tpot? (fields: ttft, tpot, itl, e2e)"),
+        (lambda: sim.KVCache(xyz=1), "KVCache has no field 'xyz' (fields: blocks, block_size, prefix_caching, "),
+        (lambda: sim.SLO(0.5), "SLO takes its fields by name: ttft, tpot, itl, e2e"),
+        (lambda: sim.Engine(max_batch_size=3), "Engine needs load_generator"),
+        (sim.Uniform, "Uniform needs low and high"),
+    ],
+)
+def test_an_unknown_or_missing_field_is_refused_with_those_there_are(make, message):
+    with pytest.raises(TypeError) as error:
+        make()
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +223,26 @@ def test_an_unknown_field_is_refused():
         (
             "[load_generator]\ntype = 'BatchLoadGenerator'\nprefill_time = 'two'",
             "load_generator.prefill_time: Expected `float`, got `str`",
+        ),
+        (
+            "kv_cache = {block = 4000}\n[load_generator]\ntype = 'BatchLoadGenerator'",
+            "kv_cache: Object contains unknown field `block`; did you mean blocks or block_size?",
+        ),
+        (
+            "slo = {xyz = 4000}\n[load_generator]\ntype = 'BatchLoadGenerator'",
+            "slo: Object contains unknown field `xyz`; SLO has ttft, tpot, itl, e2e",
+        ),
+        (
+            "[load_generator]\ntype = 'BatchLoadGenerator'\nclasses = [{name = 'a', slo = {tbt = 1}}]",
+            "load_generator.classes[0].slo: Object contains unknown field `tbt`; did you mean ttft or tpot?",
+        ),
+        (
+            "batcher = {type = 'IFBatcher', chunk_tokens = 3}\n[load_generator]\ntype = 'BatchLoadGenerator'",
+            "batcher: Object contains unknown field `chunk_tokens`; did you mean reserve_tokens",
+        ),
+        (
+            "batcher = {type = 'Vllm'}\n[load_generator]\ntype = 'BatchLoadGenerator'",
+            "batcher.type: Invalid value 'Vllm'; there are StaticBatcher, IFBatcher, ",
         ),
         ("max_batch_size = 3", "missing required field `load_generator`"),
     ],

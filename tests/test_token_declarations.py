@@ -1,5 +1,6 @@
 """The token model's declarations: what is refused, functions of one's own, presets, loads, tables."""
 
+import msgspec
 import numba
 import numpy as np
 import pytest
@@ -30,6 +31,10 @@ def talk(requests=1, **fields):
     return sim.PoissonLoadGenerator(
         output_tokens=2, requests=requests, sessions=sim.Sessions(turns=4), request_rate=1.0, **fields
     )
+
+
+def preset(**fields):
+    return sim.presets.vllm(load_generator=LOAD, step_time=STEP, **fields)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def talk(requests=1, **fields):
             "block_size must divide id_block_tokens (20) of the trace, got 16",
         ),
         (
-            lambda: sim.PiecewiseLoadGenerator(request_rates=[1, 2], durations=[1], prompt_tokens=1),
+            lambda: sim.PiecewiseLoadGenerator(request_rates=[1, 2], durations=[1], prompt_tokens=1, output_tokens=1),
             "request_rates and durations must be one or more, and as many, got 2 and 1",
         ),
         (lambda: sim.PiecewiseLoadGenerator(request_rates=[-1], durations=[1]), "request_rates must be numbers >= 0"),
@@ -93,7 +98,28 @@ def talk(requests=1, **fields):
             lambda: sim.PoissonLoadGenerator(prompt_tokens=1, output_tokens=sim.Empirical(values=[1]), joint=True),
             "joint: prompt_tokens and output_tokens must be Empirical, with as many values",
         ),
-        (lambda: engine(load_generator=sim.PoissonLoadGenerator(prompt_tokens=1)).run(), "time_limit must be given"),
+        (
+            lambda: engine(load_generator=sim.PoissonLoadGenerator(prompt_tokens=1, output_tokens=1)).run(),
+            "time_limit must be given",
+        ),
+        (
+            lambda: sim.PoissonLoadGenerator(prompt_tokens=100, target_output_len_std=1),
+            "output_tokens must be given where prompt_tokens is",
+        ),
+        (
+            lambda: sim.PiecewiseLoadGenerator.bursts(base_rate=1, burst_rate=2, burst_duration="1", period=3),
+            "burst_duration must be a number, got '1'",
+        ),
+        (
+            lambda: sim.PiecewiseLoadGenerator.bursts(base_rate=1, burst_rate=2, burst_duration=3, period=3),
+            "burst_duration must be > 0 and < period (3), got 3",
+        ),
+        (lambda: sim.PiecewiseLoadGenerator.diurnal(mean_rate=None), "mean_rate must be a number, got None"),
+        (lambda: sim.PiecewiseLoadGenerator.diurnal(mean_rate=1, stages=2.5), "stages must be a whole number, got 2.5"),
+        (
+            lambda: sim.TraceLoadGenerator(prompt_tokens=[1], output_tokens=[1], id_block_tokens=16),
+            "id_block_tokens must be left out where there are no block_ids, got 16",
+        ),
         (
             lambda: sim.sweep(engine(), 10, max_num_batched_tokens=[8, 2], progress=False),
             "max_num_batched_tokens must be >= max_batch_size (4), got 2",
@@ -146,7 +172,16 @@ def talk(requests=1, **fields):
             ),
             "most of it is for",
         ),
-        (lambda: sim.presets.vllm(version="1"), "version must be one of 0.6, 0.8"),
+        (lambda: preset(version="1"), "version must be one of 0.6, 0.8, 0.10, 0.12, 0.14, 0.15, 0.16, got '1'"),
+        (lambda: preset(version=0.15), 'version must be a text, with quotes as in version="0.15", got 0.15'),
+        (lambda: preset(large_gpu="yes"), "large_gpu must be true or false, got 'yes'"),
+        (lambda: preset(kv_tokens=15), "kv_tokens must be at least a block of 16 tokens, got 15"),
+        (lambda: preset(kv_tokens=100, kv_blocks=3), "kv_tokens must be left out where kv_blocks is given, got 100"),
+        (lambda: preset(kv_blocks=0), "kv_blocks must be >= 1, got 0"),
+        (lambda: preset(kv_cache=sim.KVCache(), block_size=8), "kv_cache must be left out where block_size is given"),
+        (lambda: preset(kv_cache=sim.KVCache(), kv_tokens=64), "kv_cache must be left out where kv_tokens is given"),
+        (lambda: preset(batcher=sim.IFBatcher(), order="fcfs"), "batcher must be left out where order is given"),
+        (lambda: sim.presets.tensorrt_llm(policy="no_evict"), "did you mean guaranteed_no_evict?"),
         (lambda: sim.queue_growth(engine()), "engine must be of the tick model"),
     ],
 )
@@ -209,6 +244,32 @@ def test_a_preset_is_a_declaration_with_values(preset, fields, batcher):
     assert int(made.run().metrics.completed) == 80
 
 
+@pytest.mark.parametrize(("name", "block"), [("vllm", 16), ("sglang", 1), ("tensorrt_llm", 32), ("orca", 16)])
+def test_fields_of_kv_memory_go_to_the_presets_cache(name, block):
+    make = getattr(sim.presets, name)
+    cache = make(load_generator=LOAD, step_time=STEP, kv_tokens=1000, watermark=0.25).kv_cache
+    usual = make(load_generator=LOAD, step_time=STEP, kv_blocks=1000 // block).kv_cache
+    assert cache == msgspec.structs.replace(usual, watermark=0.25)
+    small = make(load_generator=LOAD, step_time=STEP, kv_tokens=1000, block_size=8, prefix_caching=False).kv_cache
+    assert (small.blocks, small.block_size, small.prefix_caching) == (125, 8, False)
+
+
+def test_a_patch_of_a_release_is_that_release():
+    assert preset(version="0.15.1") == preset(version="0.15")
+    assert preset(version="0.10.2") == preset(version="0.10")
+
+
+def test_what_a_preset_lacks_or_doesnt_know_is_named():
+    with pytest.raises(TypeError, match="vllm needs step_time"):
+        sim.presets.vllm(load_generator=LOAD)
+    with pytest.raises(TypeError, match="sglang needs load_generator and step_time"):
+        sim.presets.sglang()
+    with pytest.raises(
+        TypeError, match=r"vllm has no field 'block'; did you mean .*block.*\(fields: version, large_gpu"
+    ):
+        preset(block=3)
+
+
 def test_a_table_interpolates_and_extrapolates_with_one_warning(tmp_path):
     path = tmp_path / "steps.csv"
     path.write_text("decode_requests,mean_decode_context,seconds\n1,0,1\n1,100,2\n3,0,3\n3,100,6\n")
@@ -222,6 +283,19 @@ def test_a_table_interpolates_and_extrapolates_with_one_warning(tmp_path):
     assert sim.Engine.from_toml(run.engine.to_toml()) == run.engine
     with pytest.warns(UserWarning, match="steps were outside the tables"):
         engine(load_generator=sim.TraceLoadGenerator(prompt_tokens=[149], output_tokens=[2]), step_time=step_time).run()
+
+
+@pytest.mark.parametrize("text", ["x," * 100_000 + "\n", '{"tokens": [' + "1," * 100_000 + "1]}\n"])
+def test_a_file_that_is_no_table_is_shown_in_part(tmp_path, text):
+    path = tmp_path / "steps.csv"
+    for content in (text, "tokens,seconds\n" + text):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"steps\.csv") as error:
+            sim.TableStepTime(file=str(path))
+        assert len(str(error.value)) < 300
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"steps\.csv can't be read as csv \('utf-8' codec"):
+        sim.TableStepTime(file=str(path))
 
 
 def test_rates_in_stages_bring_the_requests_of_each_stage():

@@ -2,17 +2,21 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import os
+import pickle
 import re
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vecsim as sim
 from vecsim.traces import FORMATS, Trace, read_columns, write_csv
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -353,12 +357,46 @@ def test_malformed_rows_of_plain_csv(read, row, message):
         ("mooncake", gzip.compress(MOONCAKE.encode())[:-12], "trace can't be read (Compressed file ended before"),
         ("mooncake", b"\x1f\x8bnothing at all", "trace can't be read (Unknown compression method)"),
         ("mooncake", gzip.compress(b"")[:10] + b"\xff" * 90, "trace can't be read (Error -3 while decompress"),
+        (
+            "csv",
+            "Arrived_At,prompt_tokens,output_tokens\n1,2,3\n",
+            "has the column Arrived_At, .*; did you mean arrived_at?",
+        ),
+        ("csv", "arrival_time,prompt_tokens,output_tokens\n1,2,3\n", "arrival_time, .*; did you mean arrived_at?"),
+        ("csv", "timestamp,prompt_tokens,output_tokens\n1,2,3\n", "timestamp, .*; did you mean arrived_at?"),
+        ("csv", "prompt_tokens,output_tokens,Class\n1,2,a\n", "the column Class, .*; did you mean class?"),
+        ("csv", "prompt_tokens,output_tokens,block_id\n1,2,a\n", "the column block_id, .*; did you mean block_ids?"),
+        ("csv", "input_tokens,output_tokens\n1,2\n", "lacks the column prompt_tokens; .*; did you mean input_tokens?"),
+        ("csv", "Prompt Tokens,output\n1,2\n", "; did you mean Prompt Tokens?"),
+        ("vidur", "arrivedat,num_prefill_tokens,num_decode_tokens\n1,2,3\n", "did you mean arrived_at?"),
+        ("csv", "prompt_tokens;output_tokens\n1;2\n", "header: there must be commas between columns, got semicolons"),
+        ("csv", "prompt_tokens\toutput_tokens\n1\t2\n", "header: there must be commas between columns, got tabs"),
         ("csv", PLAIN, "id_block_tokens is needed: the tokens that an id of the column block_ids covers"),
     ],
 )
 def test_files_that_are_refused(read, format, text, message, on_error):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
         read(text, format, on_error)
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "total_tokens", "note", "model", "class_size", "pd_ratio"])
+def test_other_columns_are_allowed(read, name):
+    assert read(f"{name},prompt_tokens,output_tokens\n1,2,3\n", "csv").prompt_tokens.tolist() == [2]
+
+
+@pytest.mark.parametrize(("own", "other"), [*itertools.permutations(FORMATS, 2)])
+def test_a_file_of_another_format_is_refused_with_the_name_of_its_own(read, own, other):
+    with pytest.raises(ValueError, match=f'trace.*; did you mean format="{own}"\\?'):
+        read(FILES[own], other)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("text", ["x" * 100_000, "x," * 100_000, ";" * 100_000, '{"x": [' + "1," * 100_000 + "1]}"])
+def test_long_lines_are_shown_in_part(read, format, text):
+    for content in (text, FILES[format].splitlines()[0] + "\n" + text):
+        with pytest.raises(ValueError, match="trace") as error:
+            read(content, format)
+        assert len(str(error.value)) < 400
 
 
 def test_the_rows_that_were_skipped_are_counted_where_none_is_left(read):
@@ -493,6 +531,62 @@ def test_a_write_that_fails_leaves_the_older_file(read, tmp_path):
         write_csv(trace._replace(output_tokens=trace.output_tokens[:2]), tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "trace"]
+
+
+def test_a_load_warns_once_of_rows_left_out(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("prompt_tokens,output_tokens\n3,4\n0,5\n5,0\n6,7\n")
+    with pytest.warns(
+        UserWarning, match=r"trace.csv: malformed rows left out: 2; the first: line 3: prompt_tokens must"
+    ):
+        load = sim.read_trace(path, on_error="skip")
+    again = msgspec.structs.replace(load, rate_scale=2.0)  # warnings are errors here
+    assert again.prompt_tokens.array.tolist() == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("format", "fields", "message"),
+    [
+        ("azure", {"output_tokens": 5}, "output_tokens must be left out where a file has it, got 5"),
+        ("azure", {"prompt_tokens": [1, 2, 3]}, "prompt_tokens must be left out where a file has it, got [1, 2, 3]"),
+        ("azure", {"arrived_at": [0, 1, 2]}, "arrived_at must be left out where a file has it, got [0, 1, 2]"),
+        ("azure", {"id_block_tokens": 16}, "id_block_tokens must be left out where the file has no block_ids, got 16"),
+        ("mooncake", {"id_block_tokens": 16}, "must be left out where the file has ids of 512 tokens, got 16"),
+        (
+            "mooncake",
+            {"block_ids": [[1], [1], [1]]},
+            "block_ids must be left out where a file has it, got [[1], [1], [1]]",
+        ),
+        ("burstgpt", {"class_names": "abc"}, "class_names must be left out where a file has it, got 'abc'"),
+    ],
+)
+def test_what_contradicts_a_file_is_refused(tmp_path, format, fields, message):
+    path = tmp_path / "trace"
+    path.write_text(FILES[format])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sim.read_trace(path, format, **fields)
+
+
+def test_what_a_file_lacks_may_be_given_beside_it(tmp_path):
+    path = tmp_path / "trace"
+    path.write_text(VIDUR)
+    load = sim.read_trace(path, "vidur", arrived_at=[0, 2.5])
+    assert load.arrived_at.array.tolist() == [0, 2.5]
+    assert sim.TraceLoadGenerator.from_toml(load.to_toml()) == load
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_load_is_read_again_from_another_file_alone(tmp_path, format):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text(FILES[format])
+    other.write_text(FILES[format].rstrip("\n").rpartition("\n")[0])
+    load = sim.read_trace(one, format)
+    assert sim.TraceLoadGenerator.from_toml(load.to_toml()) == load
+    shorter = msgspec.structs.replace(load, file=str(other))
+    assert shorter == msgspec.structs.replace(sim.read_trace(other, format), classes=load.classes)
+    one.unlink()
+    assert pickle.loads(pickle.dumps(load)) == load
+    assert msgspec.structs.replace(load, seed=1).prompt_tokens == load.prompt_tokens
 
 
 PUBLISHED = [

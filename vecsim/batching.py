@@ -309,13 +309,7 @@ class CustomBatcher(Batcher, frozen=True, kw_only=True, tag=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         rule = named(self.rule) if isinstance(self.rule, str) else self.rule
-        try:
-            check_own(rule, "tick")
-        except ValueError as refusal:
-            try:
-                check_own(rule, "token")
-            except ValueError:
-                raise refusal from None
+        check_own(rule, "tick", "token")
         msgspec.structs.force_setattr(self, "rule", rule)
 
     @classmethod

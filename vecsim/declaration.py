@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from typing import Annotated, Any, Self, get_args, get_origin
+from typing import Annotated, Any, Self, cast, get_args, get_origin
 
 import msgspec
 
@@ -44,7 +44,38 @@ Positive = Annotated[float, Range(0, low_allowed=False)]
 NonNegative = Annotated[float, Range(0)]
 
 
-class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Declared(msgspec.StructMeta):
+    """What makes a declaration: it names the fields there are where one is unknown or missing. Costs some 1 us."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except TypeError:
+            known, name = cls.__struct_fields__, cls.__name__
+            if args:
+                raise TypeError(f"{name} takes its fields by name: {', '.join(known)}") from None
+            refuse_unknown(name, fields, known)
+            required = [field.name for field in msgspec.structs.fields(cast(Any, cls)) if field.required]
+            if missing := [field for field in required if field not in fields]:
+                raise TypeError(f"{name} needs {' and '.join(missing)}") from None
+            raise
+
+
+def refuse_unknown(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that aren't among the known ones.
+
+    Raises
+    ------
+    TypeError
+        When there is one: names it, those that are like it, and all there are.
+    """
+    known = tuple(known)
+    for field in given:
+        if field not in known:
+            raise TypeError(f"{name} has no field {field!r}{suggestion(field, known)} (fields: {', '.join(known)})")
+
+
+class Declaration(msgspec.Struct, metaclass=Declared, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen description of a part of a simulation; compares and hashes by value.
 
     Raises
@@ -52,7 +83,7 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ValueError
         When a field has a wrong value: the message names the field, the value and what is allowed.
     TypeError
-        When a field is unknown.
+        When a field is unknown or missing: the message names the fields there are.
     """
 
     def __post_init__(self) -> None:
@@ -139,16 +170,16 @@ class Declaration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Values:
     """An array in a declaration: never changed, equal and hashed by its content."""
 
-    __slots__ = ("array", "digest", "is_read")
+    __slots__ = ("array", "digest", "read_from")
 
-    def __init__(self, array: Any, is_read: bool = False) -> None:
+    def __init__(self, array: Any, read_from: Any = None) -> None:
         import hashlib
 
         import numpy as np
 
         self.array = np.array(array)
         self.array.flags.writeable = False
-        self.is_read = is_read  # from a file that the declaration names
+        self.read_from = read_from  # the file that the declaration names, and how it is read
         self.digest = hashlib.sha256(self.array.tobytes()).hexdigest()[:16] + f" {self.array.shape}"
 
     def __eq__(self, other: object) -> bool:
@@ -168,7 +199,7 @@ class Values:
 
     def plain(self) -> Any:
         """A list if it's short, else what it can be told by; None if it can be read from its file again."""
-        if self.is_read:
+        if self.read_from is not None:
             return None
         return self.array.tolist() if self.array.size <= LONGEST_LIST else f"{NOT_WRITTEN} {self.digest}"
 
@@ -237,7 +268,7 @@ def from_plain(data: Any, kind: Any) -> Any:
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         path = path.rstrip("`").lstrip(".")
-        raise ValueError((f"{path}: {message}" if path else message) + _hint(message)) from None
+        raise ValueError((f"{path}: {message}" if path else message) + _hint(message, path, data, kind)) from None
 
 
 def tagged() -> dict[str, type[Declaration]]:
@@ -259,13 +290,41 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _hint(message: str) -> str:
-    """What a misspelt field or type may have meant."""
+def _hint(message: str, path: str, data: Any, kind: Any) -> str:
+    """What a misspelt field or type may have meant, of the declarations that may stand there."""
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", message):
-        return suggestion(found[1], (name for kind in tagged().values() for name in kind.__struct_fields__))
+        kinds = _kinds_at(path, data, kind)
+        hint = suggestion(found[1], (name for kind in kinds for name in kind.__struct_fields__))
+        return hint or "".join(f"; {kind.__name__} has {', '.join(kind.__struct_fields__)}" for kind in kinds)
     if found := re.fullmatch(r"Invalid value '(.*)'", message):
-        return suggestion(found[1], tagged())
+        kinds = _kinds_at(path.removesuffix("type").rstrip("."), data, kind, any_type=True)
+        names = [kind.__name__ for kind in kinds]
+        return suggestion(found[1], names) or f"; there are {', '.join(names)}" * bool(names)
     return ""
+
+
+def _kinds_at(path: str, data: Any, kind: Any, any_type: bool = False) -> list[type[Declaration]]:
+    """The declarations that may stand at a path of nested dicts; unless told otherwise, of the `type` given there."""
+    kinds, _ = _kinds(kind)
+    for key in re.findall(r"\w+", path):
+        if key.isdigit():
+            kinds = tuple(item for listed in kinds for item in get_args(listed))
+            data = data[int(key)]
+        else:
+            found = _of_type(kinds, data)
+            kinds = tuple(own for kind in found for name, owns, _ in _checks(kind) if name == key for own in owns)
+            data = data[key]
+    return _of_type(kinds, None if any_type else data)
+
+
+def _of_type(kinds: Iterable[Any], data: Any) -> list[type[Declaration]]:
+    """The declarations among types; of the type that a dict names, if it names one."""
+    named = data.get("type") if isinstance(data, dict) else None
+    return [
+        kind
+        for kind in kinds
+        if isinstance(kind, type) and issubclass(kind, Declaration) and named in (None, kind.__struct_config__.tag)
+    ]
 
 
 def shown(value: Any) -> str:
@@ -274,6 +333,11 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python's limit of 4,300 digits
         return "a number of thousands of digits"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text for an error message, cut if it's very long."""
     return text if len(text) <= 60 else text[:60] + "..."
 
 

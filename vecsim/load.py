@@ -1,6 +1,7 @@
 """Load generators: when requests arrive and how long they are. Declaration and rule side by side."""
 
 import math
+import warnings
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -19,6 +20,7 @@ from vecsim.declaration import (
     Seed,
     Time,
     Values,
+    check,
     check_array,
     shown,
 )
@@ -123,7 +125,8 @@ class SharedPrefix(Declaration, frozen=True, kw_only=True):
 class Sessions(Declaration, frozen=True, kw_only=True):
     """Requests come as conversations: each turn's prompt is all that was said before, and `prompt_tokens` more.
 
-    Arrivals are those of the conversations.
+    Arrivals are those of the conversations: a load's rate is theirs, and its number of requests (`requests`,
+    `initial_batch`) is how many conversations there are.
 
     Parameters
     ----------
@@ -168,8 +171,9 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
         Steps over which a prefill is spread; above 1 this is "chunked context".
     output_tokens : int or distribution, optional
         Output length [tokens]: a number, `Constant`, `Normal`, `Uniform`, `LogNormal`, `Zipf` or `Empirical`.
+        Needed in the token model.
     target_output_len_tokens, target_output_len_std : float, optional
-        Shorthand for `output_tokens=Normal(mean, std)`; 4 and 0 unless given.
+        Shorthand for `output_tokens=Normal(mean, std)`; 4 (in the tick model) and 0 unless given.
     seed : int
         The same seed gives the same requests, whatever else differs.
     stream_offset : int
@@ -179,7 +183,7 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
     Raises
     ------
     ValueError
-        When a field is out of its range, or a length is given both ways.
+        When a field is out of its range, or a length is given both ways, or prompts are given and outputs aren't.
     """
 
     prompt_tokens: AnyDistribution | Number | None = None
@@ -223,6 +227,8 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
             ]
             if None in sizes or sizes[0] != sizes[1]:
                 raise ValueError("joint: prompt_tokens and output_tokens must be Empirical, with as many values")
+        if self.is_token and self.output_tokens is None and self.target_output_len_tokens is None:
+            raise ValueError("output_tokens must be given where prompt_tokens is")
         if self.sessions is not None and self.arrivals == CLOSED:
             raise ValueError("sessions must be left out in a closed loop, where requests follow one another already")
 
@@ -321,7 +327,7 @@ class BatchLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     Parameters
     ----------
     initial_batch : int
-        Number of requests.
+        Number of requests; of conversations, where there are `sessions`.
     """
 
     initial_batch: Number = 3
@@ -361,7 +367,7 @@ class RequestRateLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=Tru
     request_rate : float
         Requests per tick (per second in the token model).
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
     """
 
     request_rate: Positive = 1.0
@@ -381,7 +387,7 @@ class PoissonLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     request_rate : float
         Mean requests per tick (per second in the token model).
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
     """
 
     request_rate: Positive = 1.0
@@ -403,7 +409,7 @@ class GammaLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     coefficient_of_variation : float
         Standard deviation of the gaps over their mean; 1 is Poisson's law.
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
 
     Notes
     -----
@@ -440,7 +446,7 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
     coefficient_of_variation : float
         Of the gaps, in the time in which the rate is constant; 1 is a Poisson process.
     requests : int, optional
-        No more than so many arrive.
+        No more than so many arrive; conversations, where there are `sessions`.
 
     Notes
     -----
@@ -478,13 +484,12 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
         Raises
         ------
         ValueError
-            When the lowest rate would be negative, or an argument is out of its range.
+            When an argument is out of its range; above a `peak_to_mean` of 2 the lowest rate would be negative.
         """
-        if not 1 <= peak_to_mean <= 2 or not mean_rate > 0 or not period > 0 or stages < 1:
-            raise ValueError(
-                "a day needs mean_rate > 0, 1 <= peak_to_mean <= 2, period > 0 and stages >= 1, got "
-                f"{mean_rate:g}, {peak_to_mean:g}, {period:g} and {stages}"
-            )
+        mean_rate = check("mean_rate", mean_rate, (float,), Range(0, low_allowed=False))
+        peak_to_mean = check("peak_to_mean", peak_to_mean, (float,), Range(1, 2))
+        period = check("period", period, (float,), Range(0, LONGEST_TIME, low_allowed=False))
+        stages = check("stages", stages, (int,), Range(1, 2**20))
         rates = [
             mean_rate * (1 - (peak_to_mean - 1) * math.cos(2 * math.pi * (i + 0.5) / stages)) for i in range(stages)
         ]
@@ -499,9 +504,13 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
         Raises
         ------
         ValueError
-            When a burst takes longer than a period.
+            When an argument is out of its range, or a burst takes longer than a period.
         """
-        if not 0 < burst_duration < period:
+        base_rate = check("base_rate", base_rate, (float,), Range(0))
+        burst_rate = check("burst_rate", burst_rate, (float,), Range(0))
+        period = check("period", period, (float,), Range(0, LONGEST_TIME, low_allowed=False))
+        burst_duration = check("burst_duration", burst_duration, (float,), Range(0, low_allowed=False))
+        if burst_duration >= period:
             raise ValueError(f"burst_duration must be > 0 and < period ({period:g}), got {burst_duration:g}")
         return cls(
             request_rates=(base_rate, burst_rate),
@@ -531,6 +540,10 @@ class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True)
         return (total + self.request_rates[-1] * left) / time_limit
 
 
+# Fields of a trace that a file may have
+ARRAYS = ("arrived_at", "prompt_tokens", "output_tokens", "max_tokens", "block_ids", "block_counts", "class_names")
+
+
 class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     """Requests as they were recorded.
 
@@ -553,17 +566,17 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
     rate_scale : float
         Arrivals come so many times as fast.
     requests : int, optional
-        Only the first so many.
+        Only the first so many; conversations, where there are `sessions`.
     prompt_scale, output_scale : float
         Lengths are multiplied by this and rounded up; blocks beyond the shorter prompt, or beyond the given ids, are
         each request's own.
     file, format, on_error
-        Instead of arrays: what to read, as for `read_trace`.
+        Instead of arrays: what to read, as for `read_trace`. An array that the file lacks may be given beside it.
 
     Raises
     ------
     ValueError
-        When an array is wrong: names it, the place and what is allowed.
+        When an array is wrong, or the file has it too: names it, the place and what is allowed.
     """
 
     arrived_at: Any = None
@@ -586,7 +599,7 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         put = msgspec.structs.force_setattr
-        if self.file is not None and self.prompt_tokens is None:
+        if self.file is not None:
             self._read()
         if self.prompt_tokens is None or self.output_tokens is None:
             raise ValueError("prompt_tokens and output_tokens must be given, or a file to read them from")
@@ -595,7 +608,7 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
                 put(self, name, check_array(name, getattr(self, name), int, low=1, high=MOST_TOKENS))
         size = len(self.prompt_tokens)
         if self.arrived_at is None:
-            put(self, "arrived_at", Values([0.0] * size, is_read=self.prompt_tokens.is_read))
+            put(self, "arrived_at", Values([0.0] * size, self.prompt_tokens.read_from))
         put(self, "arrived_at", check_array("arrived_at", self.arrived_at, float, low=0, high=LONGEST_TIME))
         self._check_blocks()
         if size == 0:
@@ -639,6 +652,10 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
 
         put = msgspec.structs.force_setattr
         if self.block_ids is None:
+            if self.id_block_tokens is not None:
+                raise ValueError(
+                    f"id_block_tokens must be left out where there are no block_ids, got {shown(self.id_block_tokens)}"
+                )
             return
         if self.id_block_tokens is None:
             raise ValueError("id_block_tokens must be given where block_ids are")
@@ -660,7 +677,7 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
                     f"got {int(self.block_counts.array.sum())}"
                 )
         _, numbers = np.unique(flat.array, return_inverse=True)
-        put(self, "block_ids", Values(numbers, is_read=flat.is_read))
+        put(self, "block_ids", Values(numbers, read_from=flat.read_from))
         blocks = -(-self.prompt_tokens.array // self.id_block_tokens)
         if len(self.block_counts) == len(blocks) and (self.block_counts.array > blocks).any():
             at = int((self.block_counts.array > blocks).argmax())
@@ -670,21 +687,36 @@ class TraceLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
             )
 
     def _read(self) -> None:
-        """Take the arrays from the file."""
+        """Take the arrays from the file, unless they were read there before this was copied or pickled."""
         from vecsim.traces import read_columns
 
-        own_blocks = {"id_block_tokens": self.id_block_tokens} if self.format == "csv" else {}
-        trace = read_columns(Path(str(self.file)), self.format, self.on_error, **own_blocks)
         put = msgspec.structs.force_setattr
-        for name in ("arrived_at", "prompt_tokens", "output_tokens", "max_tokens"):
-            if getattr(trace, name) is not None:
-                put(self, name, Values(getattr(trace, name), is_read=True))
+        there = (self.file, self.format, self.on_error)
+        given = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
+        known = {name: value for name, value in given.items() if isinstance(value, Values) and value.read_from}
+        if known.keys() >= {"prompt_tokens", "output_tokens"} and all(v.read_from == there for v in known.values()):
+            return
+        own_ids = "block_ids" in given.keys() - known.keys()
+        trace = read_columns(
+            Path(str(self.file)), self.format, self.on_error, id_block_tokens=None if own_ids else self.id_block_tokens
+        )
+        arrays = {name: getattr(trace, name) for name in ("arrived_at", "prompt_tokens", "output_tokens", "max_tokens")}
         if trace.id_block_tokens:
-            put(self, "block_ids", Values(trace.block_ids, is_read=True))
-            put(self, "block_counts", Values(trace.block_counts, is_read=True))
+            arrays |= {"block_ids": trace.block_ids, "block_counts": trace.block_counts}
             put(self, "id_block_tokens", trace.id_block_tokens)
         if trace.classes:
-            put(self, "class_names", Values([trace.classes[i] for i in trace.class_], is_read=True))
+            arrays["class_names"] = [trace.classes[i] for i in trace.class_]
+        for name in ARRAYS:
+            read = arrays.get(name)
+            if read is not None and name in given.keys() - known.keys():
+                raise ValueError(f"{name} must be left out where a file has it, got {shown(given[name])}")
+            if read is not None or name in known:
+                put(self, name, None if read is None else Values(read, there))
+        if trace.skipped:
+            warnings.warn(
+                f"{self.file}: malformed rows left out: {trace.skipped}; the first: {trace.first_skipped}",
+                stacklevel=4,
+            )
 
     def length_streams(self) -> tuple[Stream, Stream, Stream]:
         return (
@@ -739,9 +771,9 @@ def read_trace(
         "burstgpt", "vidur" (num_prefill_tokens, num_decode_tokens, arrived_at if there) or "csv" (arrived_at,
         prompt_tokens, output_tokens and, optionally, max_tokens, class, block_ids).
     on_error : "raise" or "skip"
-        What a malformed row does; rows left out are counted in a warning.
+        What a malformed row does; rows left out are counted in a warning, with what is wrong with the first.
     **fields
-        Of `TraceLoadGenerator`, such as `rate_scale`.
+        Of `TraceLoadGenerator`, such as `rate_scale`; `id_block_tokens` where a plain csv has block_ids.
 
     Returns
     -------

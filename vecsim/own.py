@@ -10,6 +10,9 @@ from vecsim.declaration import shown, suggestion
 # As in "module:name"
 RULE_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
+# What a function is given
+WHAT = {"tick": "a batch of the tick model", "token": "a batch of the token model", "step": "a step"}
+
 
 def stands_for(value: Any) -> bool:
     """Whether a value is a function, or the name of one."""
@@ -39,13 +42,13 @@ def name_of(rule: Any) -> str:
     return str(rule.__name__)
 
 
-def check_own(rule: Any, kind: str) -> None:
-    """Compile a function for what it will be given.
+def check_own(rule: Any, *kinds: str) -> None:
+    """Compile a function for what it will be given; where that may be one of several, one will do.
 
     Parameters
     ----------
     rule : function
-    kind : "tick", "token" or "step"
+    *kinds : "tick", "token" or "step"
         A batcher's rule in the tick or the token model, or a step time.
 
     Raises
@@ -60,27 +63,39 @@ def check_own(rule: Any, kind: str) -> None:
     if not isinstance(rule, Dispatcher):
         hint = f": write @numba.njit above `def {rule.__name__}`" if hasattr(rule, "__name__") else ""
         raise ValueError(f"rule must be compiled with numba.njit, got {shown(rule)}{hint}")
+    name = rule.py_func.__name__
     if rule.targetoptions.get("parallel"):
-        raise ValueError(
-            f"rule {rule.py_func.__name__} must not be compiled with parallel=True: scenarios share the threads"
-        )
-    from vecsim.kernel.address import GIVEN
+        raise ValueError(f"rule {name} must not be compiled with parallel=True: scenarios share the threads")
     from vecsim.kernel.custom import return_type
 
-    name = rule.py_func.__name__
-    given = GIVEN[kind]
-    try:
-        returned = return_type(rule, kind)
-    except (NumbaError, TypeError, RuntimeError) as error:  # RuntimeError: of a signature of its own
+    errors: list[Exception] = []
+    for kind in kinds:
+        try:
+            returned = return_type(rule, kind)
+        except (NumbaError, TypeError, RuntimeError) as error:  # RuntimeError: of a signature of its own
+            errors.append(error)
+            continue
+        if kind == "step":
+            if not isinstance(returned, Integer | Float):
+                raise ValueError(f"rule {name} must return a number of seconds on every path, got {returned}")
+        elif not isinstance(returned, Integer | Boolean):
+            raise ValueError(f"rule {name} must return a whole number on every path, got {returned}")
+        return
+    raise ValueError(f"rule {name} can't be compiled for {_why_not(errors, kinds)}") from errors[0]
+
+
+def _why_not(errors: list[Exception], kinds: tuple[str, ...]) -> str:
+    """What numba says of a function, one error for each kind, and the fields that there are."""
+    from vecsim.kernel.address import GIVEN
+
+    fields = {name for kind in kinds for name in GIVEN[kind]._fields}
+    reasons = []
+    for error, kind in zip(errors, kinds, strict=True):
         lines = [line for line in str(error).splitlines() if line and not line.startswith("Failed in nopython")]
-        reason = re.sub(rf"{given.__name__}\(.*?\)", "Batch", lines[0] if lines else type(error).__name__)
+        reason = re.sub(rf"{GIVEN[kind].__name__}\(.*?\)", "Batch", lines[0] if lines else type(error).__name__)
         attribute = re.search(r"Unknown attribute '(\w+)' of type Batch", reason)
-        hint = suggestion(attribute[1], given._fields) if attribute else ""
-        raise ValueError(
-            f"rule {name} can't be compiled for a batch: {reason}{hint} (a batch has {', '.join(given._fields)})"
-        ) from error
-    if kind == "step":
-        if not isinstance(returned, Integer | Float):
-            raise ValueError(f"rule {name} must return a number of seconds on every path, got {returned}")
-    elif not isinstance(returned, Integer | Boolean):
-        raise ValueError(f"rule {name} must return a whole number on every path, got {returned}")
+        # A field of one kind that another lacks tells that the function is meant for the former.
+        elsewhere = attribute is not None and attribute[1] in fields
+        reasons.append((elsewhere, reason + (suggestion(attribute[1], fields) if attribute and not elsewhere else "")))
+    there = "; ".join(f"{WHAT[kind]} has {', '.join(GIVEN[kind]._fields)}" for kind in kinds)
+    return f"{'a step' if 'step' in kinds else 'a batch'}: {min(reasons, key=lambda found: found[0])[1]} ({there})"

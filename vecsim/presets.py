@@ -1,6 +1,7 @@
 """Engines as they come: declarations with the defaults of a release. Nothing that couldn't be written by hand."""
 
-from typing import Any
+import re
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,24 +16,51 @@ from vecsim.batching import (
     StaticBatcher,
     TokenBudgetBatcher,
 )
-from vecsim.declaration import suggestion
+from vecsim.declaration import Range, check, refuse_unknown, shown
 from vecsim.engine import Engine
 from vecsim.kv_cache import KVCache
 
-VLLM = ("0.6", "0.8", "0.10", "0.12", "0.14", "0.15", "0.16")
+Release = Literal["0.6", "0.8", "0.10", "0.12", "0.14", "0.15", "0.16"]
+Policy = Literal["guaranteed_no_evict", "max_utilization"]
 
 
-def _engine(usual: dict[str, Any], batcher: Batcher, cache: KVCache, fields: dict[str, Any]) -> Engine:
-    """An engine with usual values, those that are given instead.
+def _engine(
+    preset: str, usual: dict[str, Any], batcher: Batcher, cache: KVCache, fields: dict[str, Any], *own: str
+) -> Engine:
+    """An engine with usual values, those that are given instead; `own` are the preset's own parameters."""
+    of_cache = ("kv_blocks", "kv_tokens", *cache.__struct_fields__)
+    refuse_unknown(preset, fields, (*own, *Engine.__struct_fields__, *batcher.__struct_fields__, *of_cache))
+    if missing := [name for name in ("load_generator", "step_time") if name not in fields]:
+        raise TypeError(f"{preset} needs {' and '.join(missing)}")
+    batcher = msgspec.structs.replace(batcher, **_taken(fields, "batcher", batcher.__struct_fields__))
+    cache = _memory(cache, _taken(fields, "kv_cache", of_cache))
+    return Engine(**{**usual, "batcher": batcher, "kv_cache": cache, **fields})
 
-    `kv_blocks` gives the cache's blocks, and fields of the batcher go to the batcher.
-    """
-    of_batcher = {name: fields.pop(name) for name in list(fields) if name in batcher.__struct_fields__}
-    blocks = fields.pop("kv_blocks", None)
-    if blocks is not None:
-        cache = msgspec.structs.replace(cache, blocks=blocks)
-    values = {**usual, "batcher": msgspec.structs.replace(batcher, **of_batcher), "kv_cache": cache, **fields}
-    return Engine(**values)
+
+def _taken(fields: dict[str, Any], component: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a component, taken from the others; the component itself can't be given beside them."""
+    taken = {name: fields.pop(name) for name in names if name in fields}
+    if taken and component in fields:
+        raise ValueError(
+            f"{component} must be left out where {' and '.join(taken)} is given, got {shown(fields[component])}"
+        )
+    return taken
+
+
+def _memory(cache: KVCache, fields: dict[str, Any]) -> KVCache:
+    """KV memory with other values; its size is given one way."""
+    sizes = [name for name in ("kv_blocks", "kv_tokens", "blocks") if fields.get(name) is not None]
+    if len(sizes) > 1:
+        raise ValueError(f"{sizes[1]} must be left out where {sizes[0]} is given, got {shown(fields[sizes[1]])}")
+    blocks, tokens = fields.pop("kv_blocks", None), fields.pop("kv_tokens", None)
+    cache = msgspec.structs.replace(cache, **fields)
+    if tokens is not None:
+        blocks = check("kv_tokens", tokens, (int,), Range(1, 2**30 * cache.block_size)) // cache.block_size
+        if blocks == 0:
+            raise ValueError(f"kv_tokens must be at least a block of {cache.block_size} tokens, got {shown(tokens)}")
+    elif blocks is not None:
+        blocks = check("kv_blocks", blocks, (int,), Range(1, 2**30))
+    return cache if blocks is None else msgspec.structs.replace(cache, blocks=blocks)
 
 
 def vllm(*, version: str = "0.15", large_gpu: bool = True, **fields: Any) -> Engine:
@@ -41,14 +69,16 @@ def vllm(*, version: str = "0.15", large_gpu: bool = True, **fields: Any) -> Eng
     Parameters
     ----------
     version : str
-        "0.6" is V0: prefills first, no prefix cache unless asked for. "0.8" and "0.10", "0.12" are V1: a token budget,
-        prefix caching. From "0.14" on scheduling is asynchronous, from "0.16" on a request is admitted only if its
-        whole prompt fits.
+        One of 0.6, 0.8, 0.10, 0.12, 0.14, 0.15, 0.16, or a patch of it: "0.15.1" is as "0.15". "0.6" is V0: prefills
+        first, no prefix cache unless asked for. "0.8" and "0.10", "0.12" are V1: a token budget, prefix caching. From
+        "0.14" on scheduling is asynchronous, from "0.16" on a request is admitted only if its whole prompt fits.
     large_gpu : bool
         Whether the GPU has 70 GiB and more and isn't an A100: then 8192 tokens a step and 1024 sequences, else 2048 and
         256.
     **fields
-        Of `Engine` (`load_generator` and `step_time` are needed), of the batcher, and `kv_blocks`.
+        Of `Engine` (`load_generator` and `step_time` are needed), of the batcher and of `KVCache`. The size of KV
+        memory is `kv_tokens` in tokens, of which whole blocks count, or `kv_blocks` in blocks of 16 tokens (or of
+        `block_size`, if given).
 
     Returns
     -------
@@ -57,26 +87,41 @@ def vllm(*, version: str = "0.15", large_gpu: bool = True, **fields: Any) -> Eng
     Raises
     ------
     ValueError
-        When the version is unknown, or a field has a wrong value.
+        When the version is unknown, a field has a wrong value, or a component is given beside fields of its own.
+    TypeError
+        When a field is unknown, or a needed one is missing.
     """
-    if version not in VLLM:
-        raise ValueError(f"version must be one of {', '.join(VLLM)}, got {version!r}{suggestion(str(version), VLLM)}")
-    number = tuple(int(part) for part in version.split("."))
+    release = _release(version)
+    own = ("version", "large_gpu")
+    large_gpu = check("large_gpu", large_gpu, (bool,), None)
+    number = tuple(int(part) for part in release.split("."))
     slots = 1024 if large_gpu and number >= (0, 8) else 256
     if number < (0, 8):
         batcher: Batcher = PrefillFirstBatcher(max_num_batched_tokens=8192)
-        return _engine({"max_batch_size": slots}, batcher, KVCache(watermark=0.01), fields)
+        return _engine("vllm", {"max_batch_size": slots}, batcher, KVCache(watermark=0.01), fields, *own)
     batcher = TokenBudgetBatcher(
         max_num_batched_tokens=8192 if large_gpu else 2048,
         reserve_full_prompt=number >= (0, 16),
         async_scheduling=number >= (0, 14),
     )
-    return _engine({"max_batch_size": slots}, batcher, KVCache(prefix_caching=True), fields)
+    return _engine("vllm", {"max_batch_size": slots}, batcher, KVCache(prefix_caching=True), fields, *own)
+
+
+def _release(version: Any) -> str:
+    """The release that a version of vLLM is of."""
+    if not isinstance(version, str):
+        raise ValueError(f'version must be a text, with quotes as in version="0.15", got {shown(version)}')
+    patch = re.fullmatch(r"(\d+\.\d+)\.\d\w*", version)
+    return str(check("version", patch[1] if patch else version, (Release,), None))
 
 
 def sglang(**fields: Any) -> Engine:
-    """SGLang: prefill first, by an estimate of what is to come; blocks of one token (radix cache)."""
-    return _engine({"max_batch_size": 256}, SGLangBatcher(), KVCache(block_size=1, prefix_caching=True), fields)
+    """SGLang: prefill first, by an estimate of what is to come; blocks of one token (radix cache).
+
+    Fields are as for `vllm`; `kv_blocks` counts blocks of one token.
+    """
+    cache = KVCache(block_size=1, prefix_caching=True)
+    return _engine("sglang", {"max_batch_size": 256}, SGLangBatcher(), cache, fields)
 
 
 def tensorrt_llm(*, policy: str = "guaranteed_no_evict", **fields: Any) -> Engine:
@@ -86,34 +131,45 @@ def tensorrt_llm(*, policy: str = "guaranteed_no_evict", **fields: Any) -> Engin
     ----------
     policy : "guaranteed_no_evict" or "max_utilization"
     **fields
-        As for `vllm`.
+        As for `vllm`; `kv_blocks` counts blocks of 32 tokens.
+
+    Returns
+    -------
+    Engine
 
     Raises
     ------
     ValueError
-        When the policy is unknown, or a field has a wrong value.
+        When the policy is unknown, a field has a wrong value, or a component is given beside fields of its own.
+    TypeError
+        When a field is unknown, or a needed one is missing.
     """
-    policies: dict[str, type[Batcher]] = {
-        "guaranteed_no_evict": NoEvictBatcher,
-        "max_utilization": MaxUtilizationBatcher,
-    }
-    if policy not in policies:
-        raise ValueError(
-            f"policy must be one of {', '.join(policies)}, got {policy!r}{suggestion(str(policy), policies)}"
-        )
-    return _engine({"max_batch_size": 2048}, policies[policy](), KVCache(block_size=32, prefix_caching=True), fields)
+    policy = check("policy", policy, (Policy,), None)
+    batcher = NoEvictBatcher() if policy == "guaranteed_no_evict" else MaxUtilizationBatcher()
+    cache = KVCache(block_size=32, prefix_caching=True)
+    return _engine("tensorrt_llm", {"max_batch_size": 2048}, batcher, cache, fields, "policy")
 
 
 def sarathi(**fields: Any) -> Engine:
-    """Sarathi-Serve: chunks of prompts beside the decodes."""
-    return _engine({"max_batch_size": 128}, ChunkedPrefillBatcher(), KVCache(watermark=0.01), fields)
+    """Sarathi-Serve: chunks of prompts beside the decodes.
+
+    Fields are as for `vllm`; `kv_blocks` counts blocks of 16 tokens.
+    """
+    cache = KVCache(watermark=0.01)
+    return _engine("sarathi", {"max_batch_size": 128}, ChunkedPrefillBatcher(), cache, fields)
 
 
 def orca(**fields: Any) -> Engine:
-    """Orca: whole prompts join the decodes; memory for the longest sequence is reserved."""
-    return _engine({"max_batch_size": 128}, IFBatcher(), KVCache(), fields)
+    """Orca: whole prompts join the decodes; memory for the longest sequence is reserved.
+
+    Fields are as for `vllm`; `kv_blocks` counts blocks of 16 tokens.
+    """
+    return _engine("orca", {"max_batch_size": 128}, IFBatcher(), KVCache(), fields)
 
 
 def fastertransformer(**fields: Any) -> Engine:
-    """FasterTransformer: static batches."""
-    return _engine({"max_batch_size": 128}, StaticBatcher(), KVCache(), fields)
+    """FasterTransformer: static batches.
+
+    Fields are as for `vllm`; `kv_blocks` counts blocks of 16 tokens.
+    """
+    return _engine("fastertransformer", {"max_batch_size": 128}, StaticBatcher(), KVCache(), fields)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vecsim.declaration import suggestion
+from vecsim.declaration import cut, shown, suggestion
 from vecsim.step_time import AXES, TableTerm
 
 TIME = "seconds"
@@ -27,17 +27,20 @@ def read_terms(path: Path, format: str) -> tuple[tuple[TableTerm, ...], int]:
 
 def _from_csv(path: Path) -> TableTerm:
     """A table with a row for each place of its grid."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.reader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise ValueError(f"{path} can't be read as csv ({cut(str(error))})") from None
     heads = [head.strip() for head in rows[0]] if rows else []
     axes = tuple(head for head in heads if head != TIME)
     if TIME not in heads or not 1 <= len(axes) <= 2:
         raise ValueError(
-            f"{path}: the header must have one or two axes and {TIME!r}, got {', '.join(heads) or 'nothing'}"
+            f"{path}: the header must have one or two axes and {TIME!r}, got {cut(', '.join(heads)) or 'nothing'}"
         )
     for axis in axes:
         if axis not in AXES:
-            raise ValueError(f"{path}: axis {axis!r} is none of {', '.join(AXES)}{suggestion(axis, AXES)}")
+            raise ValueError(f"{path}: axis {shown(axis)} is none of {', '.join(AXES)}{suggestion(axis, AXES)}")
     places: dict[tuple[float, ...], float] = {}
     for number, row in enumerate(rows[1:], 2):
         if not row:
@@ -45,7 +48,7 @@ def _from_csv(path: Path) -> TableTerm:
         try:
             values = dict(zip(heads, map(float, row), strict=True))
         except ValueError:
-            raise ValueError(f"{path}, line {number}: every field must be a number, got {row}") from None
+            raise ValueError(f"{path}, line {number}: every field must be a number, got {shown(row)}") from None
         place = tuple(values[axis] for axis in axes)
         if place in places:
             raise ValueError(f"{path}, line {number}: {dict(zip(axes, place, strict=True))} is there twice")
@@ -76,7 +79,7 @@ def _vidur(path: Path) -> tuple[tuple[TableTerm, ...], int]:
         decode, prefill = layers * tables["attn_decode"], layers * tables["attn_prefill"]
         many = 1.0 + float(tables["decode_batching_overhead"]), 1.0 + float(tables["prefill_batching_overhead"])
     except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} isn't a file of Vidur's tables: {error}") from None
+        raise ValueError(f"{path} isn't a file of Vidur's tables: {cut(str(error))}") from None
     contexts = step * np.arange(decode.shape[1], dtype=np.float64)
     return (
         TableTerm(axes=("tokens",), grid=np.arange(1.0, size + 1), values=per_token),

@@ -1,6 +1,7 @@
 """Traces: requests read from published files of several formats, or from a plain csv file."""
 
 import csv
+import difflib
 import gzip
 import itertools
 import math
@@ -18,7 +19,7 @@ from typing import IO, Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from vecsim.declaration import LONGEST_TIME, Range, check, shown, suggestion
+from vecsim.declaration import LONGEST_TIME, Range, check, cut, shown, suggestion
 from vecsim.kernel.state import Array
 from vecsim.lengths import MOST_TOKENS
 
@@ -40,6 +41,7 @@ class Trace(NamedTuple):
     classes: tuple[str, ...]  # labels, in the order of first appearance; () if there are none
     class_: Array  # [request] place in `classes`; 0 if there are none
     skipped: int  # malformed rows left out
+    first_skipped: str = ""  # the line of the first of them, and what is wrong with it
 
 
 class _Layout(NamedTuple):
@@ -85,6 +87,22 @@ _LAYOUTS = {
 }
 FORMATS = tuple(_LAYOUTS)
 
+# What other people call the fields
+_OTHER_NAMES = {
+    "arrived_at": ("arrival", "arrival_at", "arrival_time", "arrival_timestamp", "time", "timestamp"),
+    "prompt_tokens": (
+        "context_tokens", "input_length", "input_tokens", "num_prefill_tokens", "prefill_tokens", "prompt_length",
+        "request_tokens",
+    ),
+    "output_tokens": (
+        "completion_tokens", "decode_tokens", "generated_tokens", "num_decode_tokens", "output_length",
+        "response_tokens",
+    ),
+    "max_tokens": ("max_new_tokens", "max_output_tokens"),
+    "label": ("class_name", "class_names", "request_class"),
+    "block_ids": ("block_hashes", "hash_ids"),
+}  # fmt: skip
+
 
 class _MalformedError(Exception):
     """What is wrong with a row."""
@@ -128,11 +146,12 @@ def read_columns(
         - `"csv"`: csv with prompt_tokens, output_tokens and, optionally, arrived_at [s], max_tokens, class, block_ids
           (whole numbers with spaces between them; there may be fewer than the prompt has blocks).
 
-        Other columns are ignored.
+        Other columns are ignored, but for one whose name is like that of an optional column which isn't there.
     on_error : str
         What to do with a malformed row: `"raise"` an error, or `"skip"` the row and count it.
     id_block_tokens : int, optional
-        Tokens that an id of the column block_ids covers: needed where format `"csv"` has that column, and only there.
+        Tokens that an id of the column block_ids covers: needed where format `"csv"` has that column. Elsewhere it can
+        only be what the format says.
 
     Returns
     -------
@@ -155,23 +174,28 @@ def read_columns(
     rows = _Rows(stamped=layout.stamped)
     names: list[str] = []
     with _opened(path) as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
-        if not layout.json:
-            names = _column_names(next(lines, (1, ""))[1], path)
-            layout = _without_missing(layout, names, path)
+        lines: Iterator[tuple[int, str]] = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
+        first = next(lines, (1, ""))
+        other = _other_format(first[1], format)
+        if layout.json:
+            lines = itertools.chain([first] if first[1] else [], lines)
+        else:
+            names = _column_names(first[1], path, other)
+            layout = _without_missing(layout, names, path, other)
         layout = layout._replace(id_block_tokens=_tokens_per_id(layout, id_block_tokens))
         for number, line in lines:
             try:
                 row = _checked(_json_fields(line) if layout.json else _csv_fields(line, names), layout)
             except _MalformedError as error:
                 if on_error == "raise":
-                    hint = '(on_error="skip" leaves such rows out)'
-                    raise ValueError(f"{path}, line {number}: {error} {hint}") from None
-                rows.skipped += 1
+                    hint = other or ' (on_error="skip" leaves such rows out)'
+                    raise ValueError(f"{path}, line {number}: {error}{hint}") from None
+                rows.skip(f"line {number}: {error}")
             else:
                 rows.append(row)
     if not rows.times:
-        raise ValueError(f"{path}: there are no valid rows; {rows.skipped} malformed ones were skipped")
+        why = f" ({rows.first_skipped})" if rows.skipped else ""
+        raise ValueError(f"{path}: there are no valid rows; {rows.skipped} malformed ones were skipped{why}{other}")
     return rows.trace(layout)
 
 
@@ -234,6 +258,11 @@ class _Rows:
         self.known_labels.default_factory = self.known_labels.__len__
         self.known_ids.default_factory = self.known_ids.__len__
         self.skipped = 0
+        self.first_skipped = ""
+
+    def skip(self, why: str) -> None:
+        self.skipped += 1
+        self.first_skipped = self.first_skipped or why
 
     def append(self, row: _Row) -> None:
         label = self.known_labels[row.label]
@@ -267,6 +296,7 @@ class _Rows:
             classes=classes if layout.label else (),
             class_=class_,
             skipped=self.skipped,
+            first_skipped=self.first_skipped,
         )
 
 
@@ -300,35 +330,77 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
         raise ValueError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _without_missing(layout: _Layout, names: list[str], path: str | os.PathLike[str]) -> _Layout:
+def _other_format(line: str, format: str) -> str:
+    """`; did you mean format=...?` where a file's first line is one of another format; else nothing."""
+    try:
+        names = set(_json_fields(line)) if line.lstrip().startswith("{") else {*map(str.strip, _csv_values(line))}
+    except _MalformedError:
+        return ""
+
+    def found(layout: _Layout) -> int:
+        fields = [own for own in layout.fields().values() if own not in layout.optional]
+        return len(fields) if names.issuperset(fields) else 0
+
+    best = max(_LAYOUTS, key=lambda name: found(_LAYOUTS[name]))
+    return "" if found(_LAYOUTS[best]) <= found(_LAYOUTS[format]) else f'; did you mean format="{best}"?'
+
+
+def _without_missing(layout: _Layout, names: list[str], path: str | os.PathLike[str], other: str) -> _Layout:
     """The layout without the optional columns that a file lacks."""
     missing = {field: own for field, own in layout.fields().items() if own not in names}
+    unknown = [name for name in names if name not in layout.fields().values()]
+    near = {own: name for field, own in missing.items() if (name := _near(field, own, unknown)) is not None}
     if needed := [own for own in missing.values() if own not in layout.optional]:
-        hint = suggestion(needed[0], names)
-        raise ValueError(f"{path} lacks the column {', '.join(needed)}; it has {', '.join(names) or 'none'}{hint}")
+        meant = " and ".join(near[own] for own in needed if own in near)
+        hint = other or (f"; did you mean {cut(meant)}?" if meant else "")
+        raise ValueError(f"{path} lacks the column {', '.join(needed)}; it has {cut(', '.join(names)) or 'none'}{hint}")
+    for own, name in near.items():
+        raise ValueError(
+            f"{path} has the column {cut(name)}, which means nothing; did you mean {own}? Rename or drop it"
+        )
     if twice := [own for own in layout.fields().values() if names.count(own) > 1]:
         raise ValueError(f"{path} has the column {', '.join(twice)} more than once")
     absent: dict[str, Any] = dict.fromkeys(missing)
     return layout._replace(**absent)
 
 
+def _near(field: str, own: str, names: list[str]) -> str | None:
+    """The column whose name is like that of a field, if there is one."""
+    plain = {_plain(name): name for name in names}
+    close = [name for name in map(_plain, (own, *_OTHER_NAMES[field])) if name in plain]
+    close = close or difflib.get_close_matches(_plain(own), plain, n=1, cutoff=0.8)  # num_tokens isn't max_tokens
+    return plain[close[0]] if close else None
+
+
+def _plain(name: str) -> str:
+    """Letters and digits alone."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
 def _tokens_per_id(layout: _Layout, given: int | None) -> int:
     """How many tokens an id of the file covers: the format says it, or else the argument."""
     if layout.block_ids is None or layout.id_block_tokens:
-        if given is not None:
-            there = f"ids of {layout.id_block_tokens} tokens" if layout.id_block_tokens else "no block_ids"
+        own = layout.id_block_tokens if layout.block_ids else None
+        if given is not None and given != own:
+            there = f"ids of {own} tokens" if own else "no block_ids"
             raise ValueError(f"id_block_tokens must be left out where the file has {there}, got {shown(given)}")
-        return layout.id_block_tokens
+        return own or 0
     if given is None:
         raise ValueError(f"id_block_tokens is needed: the tokens that an id of the column {layout.block_ids} covers")
     return check("id_block_tokens", given, (int,), Range(1, MOST_TOKENS))
 
 
-def _column_names(header: str, path: str | os.PathLike[str]) -> list[str]:
+def _column_names(header: str, path: str | os.PathLike[str], other: str) -> list[str]:
+    if header.lstrip().startswith("{"):
+        raise ValueError(f"{path} must be csv, got JSON lines{other}")
     try:
-        return [name.strip() for name in _csv_values(header)]
+        names = [name.strip() for name in _csv_values(header)]
     except _MalformedError as error:
         raise ValueError(f"{path}, header: {error}") from None
+    for mark, what in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and mark in names[0]:
+            raise ValueError(f"{path}, header: there must be commas between columns, got {what}: {shown(names[0])}")
+    return names
 
 
 def _csv_values(line: str) -> list[str]:
