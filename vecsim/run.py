@@ -196,6 +196,9 @@ class Run:
     def title(self) -> str:
         """One line: what was run."""
         load = self.engine.load_generator.label()
+        for kind in self.engine.load_generator.classes:
+            # Without the fields at their default; its `name` is a field of its own.
+            load = load.replace(repr(kind), f"RequestClass{kind.label().removeprefix(kind.name)}")
         limit = f"{self.time_limit:g} {self.unit}" if self.time_limit < np.inf else "to the end"
         return f"{self.engine.batcher.label()}, {self.engine.max_batch_size} slots, {load}, {limit}"
 
