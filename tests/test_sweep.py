@@ -1,11 +1,13 @@
 """Sweeps: axes, coordinates, determinism, memory, files."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import pytest
 import strategies
@@ -17,7 +19,7 @@ import vecsim as sim
 from vecsim import axes, scenarios
 from vecsim import threads as threads_module
 from vecsim.sweep.files import write_dataset
-from vecsim.sweep.report import stable, table
+from vecsim.sweep.report import has_slo, stable, table
 from vecsim.sweep.spec import read_spec
 
 ENGINE = sim.Engine(
@@ -436,3 +438,37 @@ def test_the_table_tells_what_it_calls_stable_in_each_model(schedulers):
     assert "no more wait than there are slots" in ticks
     seconds = table(sweep(schedulers[0], 20, request_rate=[1, 2]))
     assert "no more wait than 1.5 times the mean queue" in seconds
+
+
+def test_the_table_tells_the_goodput_where_an_slo_is_declared(schedulers):
+    engine, batchers = schedulers
+    axes = {"request_rate": np.arange(2, 14.1, 2), "batcher": batchers[:2], "seed": range(2)}
+    ds = sweep(engine, 300, **axes)
+    rows = [re.split(r"  +", line) for line in table(ds).splitlines()]
+    goodput, attained = (rows[0].index(head) for head in ("peak goodput requests/s", "highest at 90 % SLO"))
+    for row, batcher in zip(rows[2:4], ds.batcher.values, strict=True):
+        one = ds.sel(batcher=batcher).median("seed")
+        assert row[goodput] == f"{float(one.goodput.max()):.1f}"
+        assert float(row[attained]) == one.request_rate.values[one.slo_attainment >= 0.9].max()
+    assert "90 % SLO: so many of the requests" in table(ds)
+    alone = table(ds.isel(request_rate=2, drop=True)).splitlines()
+    assert "SLO attainment" in alone[0]
+    assert re.search(r"\b9\d\.\d %|100\.0 %", alone[2])
+
+
+def test_an_slo_is_found_wherever_it_is_declared_and_told_only_then(schedulers):
+    engine = msgspec.structs.replace(schedulers[0], slo=None)
+    limits = sim.SLO(ttft=0.5)
+    kinds = [sim.RequestClass(name="a", slo=limits), sim.RequestClass(name="b")]
+    load = msgspec.structs.replace(engine.load_generator, classes=kinds)
+    assert not has_slo(sweep(engine, 5, request_rate=[1, 2]))
+    assert not has_slo(sweep(msgspec.structs.replace(engine, slo=sim.SLO()), 5, request_rate=[1, 2]))
+    assert not has_slo(sweep(ENGINE, 5, request_rate=[1, 2]))
+    for limited in ({"load_generator": load}, {"load_generator": [load]}, {"slo": limits}, {"slo": [limits]}):
+        assert has_slo(sweep(engine, 5, **limited))
+    with_slo = msgspec.structs.replace(engine, slo=limits)
+    assert has_slo(sweep(with_slo, 5, **{"slo.ttft": [0.1, 0.2]}))
+    assert "goodput" not in table(sweep(engine, 5, request_rate=[1, 2]))
+    assert "Goodput" not in str(engine.run(5))
+    assert "SLO" not in str(engine.run(5))
+    assert "Goodput [requests/s]" in str(with_slo.run(5))

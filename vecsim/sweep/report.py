@@ -34,6 +34,7 @@ MOST_ROWS = 36
 WIDTH = 160  # of the lines below a table
 
 THROUGHPUTS = ("token_throughput", "request_throughput")
+ATTAINED = 0.9  # the SLO attainment at which a load is held
 
 CRITERION = (
     "from the end of the short run to that of the long one it gains more than there are slots, and more than 1 % of "
@@ -90,6 +91,23 @@ def is_token(dataset: "xr.Dataset") -> bool:
     return str(dataset.end_time.attrs["units"]) == "s"
 
 
+def has_slo(dataset: "xr.Dataset") -> bool:
+    """Whether any limit is declared in a Dataset: by the engine, by a class of requests, or by an axis."""
+    import msgspec
+
+    def declares(plain: Any) -> bool:
+        if isinstance(plain, dict):
+            return bool(plain.get("slo")) or any(map(declares, plain.values()))
+        return isinstance(plain, list) and any(map(declares, plain))
+
+    if not is_token(dataset):
+        return False
+    if any("slo" in str(name).split(".") for name in dataset.coords):
+        return True
+    kept = [coord.attrs["declarations"] for coord in dataset.coords.values() if "declarations" in coord.attrs]
+    return any(declares(msgspec.json.decode(text)) for text in (dataset.attrs["declaration"], *kept))
+
+
 def slots_of(dataset: "xr.Dataset") -> Any:
     """The slots of each scenario: a number, or an array where they are an axis."""
     import msgspec
@@ -100,7 +118,7 @@ def slots_of(dataset: "xr.Dataset") -> Any:
 
 
 def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
-    """One row for each combination of the axes other than load and seed.
+    """One row for each combination of the axes other than load and seed; with goodput where an SLO is declared.
 
     Parameters
     ----------
@@ -117,8 +135,12 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     tail = str(dataset.stat.values[-2])
     ttft = median(dataset.ttft.sel(stat=tail))
 
+    slo = has_slo(dataset)
     units = [dataset[name].attrs.get("units", "").replace(" per 1000 ticks", "/1K ticks") for name in THROUGHPUTS]
     heads = [*dims, *(f"peak {unit}" for unit in units)]
+    if slo:
+        goodput, attainment = median(dataset.goodput), median(dataset.slo_attainment)
+        heads += [f"peak goodput {dataset.goodput.attrs['units']}"]
     if load is not None:
         loads = dataset[load].values
         if at_load is not None:
@@ -126,9 +148,10 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
         else:
             everywhere = np.flatnonzero(holds.all([dim for dim in holds.dims if dim != along]).values)
             chosen = int(everywhere[loads[everywhere].argmax()] if everywhere.size else loads.argmin())
-        heads += [f"highest stable {load}", f"{tail} TTFT at {load}={loads[chosen]:.4g}"]
+        heads += [f"highest stable {load}", *([f"highest at {100 * ATTAINED:.0f} % SLO"] if slo else [])]
+        heads += [f"{tail} TTFT at {load}={loads[chosen]:.4g}"]
     else:
-        heads += ["stable", f"{tail} TTFT"]
+        heads += ["stable", *(["SLO attainment"] if slo else []), f"{tail} TTFT"]
 
     names = {dim: texts(dataset, dim) for dim in dims}
     rows = []
@@ -137,17 +160,28 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
         at = dict(zip(dims, index, strict=True))
         row = [names[dim][i] for dim, i in at.items()]
         row += [f"{float(throughput.isel(at).max()):,.0f}", f"{float(requests.isel(at).max()):,.1f}"]
+        if slo:
+            row.append(f"{float(goodput.isel(at).max()):,.1f}")
         if load is not None:
-            good = loads[holds.isel(at).values]
-            row += [f"{good.max():.4g}" if good.size else "none", _number(ttft.isel(at)[chosen])]
+            row += [
+                _highest(loads, holds.isel(at)),
+                *([_highest(loads, attainment.isel(at) >= ATTAINED)] if slo else []),
+            ]
+            row.append(_number(ttft.isel(at)[chosen]))
         else:
-            row += ["yes" if bool(holds.isel(at)) else "no", _number(ttft.isel(at))]
+            row += ["yes" if bool(holds.isel(at)) else "no"]
+            row += [f"{100 * float(attainment.isel(at)):.1f} %"] if slo else []
+            row.append(_number(ttft.isel(at)))
         rows.append(row)
     lines = aligned([heads, *rows], len(dims))
     lines += more_rows(dataset, dims)
     seeds = dataset.sizes.get("seed", 1)
     medians = f"medians over {seeds} seeds; " if seeds > 1 else ""
     criterion = STABLE_TOKEN if is_token(dataset) else STABLE
+    if slo:
+        criterion += (
+            f"; {100 * ATTAINED:.0f} % SLO: so many of the requests that were completed or refused kept to their limits"
+        )
     lines += textwrap.wrap(f"({medians}stable: {criterion})", WIDTH)
     return "\n".join(lines)
 
@@ -208,6 +242,12 @@ def more_rows(dataset: "xr.Dataset", dims: list[str]) -> list[str]:
 def median(array: "xr.DataArray") -> "xr.DataArray":
     """Median over `seed`, NaN where a seed has none."""
     return array.median("seed", skipna=False) if "seed" in array.dims else array
+
+
+def _highest(loads: Any, where: "xr.DataArray") -> str:
+    """The highest of the loads at which something holds."""
+    good = loads[where.values]
+    return f"{good.max():.4g}" if good.size else "none"
 
 
 def _number(value: Any) -> str:
