@@ -95,7 +95,10 @@ def engine(**fields):
         ),
         (lambda: sim.TableStepTime(file="nowhere.csv"), "file must name a file, got 'nowhere.csv'"),
         (lambda: sim.presets.vllm(version="1"), "version must be one of 0.6, 0.8"),
-        (lambda: sim.queue_growth(engine()), "engine must be of the tick model"),
+        (
+            lambda: sim.sweep(engine(), requests=5, keep="queue", progress=False),
+            'keep must be "requests" or left out where there is no time_limit, got "queue"',
+        ),
     ],
 )
 def test_what_cant_be_is_refused_with_its_name_and_what_is_allowed(make, message):

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--plot", type=Path, metavar="FILE", help="save the picture as .png, .pdf or .svg")
     result.add_argument("--time-limit", type=float, metavar="T", help="ticks (or seconds) to simulate")
     result.add_argument("--warmup", type=float, metavar="T", help="ticks (or seconds) simulated but not measured")
-    result.add_argument("--short", type=float, metavar="T", help="queue growth: also simulate T ticks, and compare")
+    result.add_argument("--short", type=float, metavar="T", help="queue growth: also simulate so long, and compare")
     result.add_argument("--at-load", type=float, metavar="X", help="load at which the table reads the TTFT")
     result.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     result.add_argument("--force", action="store_true", help="overwrite existing files")

@@ -197,7 +197,8 @@ def growth_table(dataset: "xr.Dataset") -> str:
     dims = other_dims(dataset, "run")
     seeds = dataset.sizes.get("seed", 1)
     first = dataset.isel(seed=0) if "seed" in dataset.dims else dataset
-    times = [f"{limit:,.10g} ticks" for limit in dataset.run_time.values]
+    unit, places = ("s", ".3f") if is_token(dataset) else ("ticks", ".2f")
+    times = [f"{limit:,.10g} {unit}" for limit in dataset.run_time.values]
     heads = [*dims, "queue", "metric", *(f"{time}, seed {first.seed.item()}" if seeds > 1 else time for time in times)]
     if seeds > 1:
         heads += [f"{time}, median" for time in times]
@@ -212,7 +213,7 @@ def growth_table(dataset: "xr.Dataset") -> str:
             cells = []
             for source in (first, dataset) if seeds > 1 else (first,):
                 array = source[metric].sel(stat="mean") if "stat" in source[metric].dims else source[metric]
-                digits = ".0f" if array.dtype.kind == "i" else ".2f"
+                digits = ".0f" if array.dtype.kind == "i" else places
                 cells += [f"{value:{digits}}" for value in median(array.isel(at)).values]
             rows.append([*begin, title, *cells])
             begin = [""] * len(begin)

@@ -28,7 +28,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
     time_limit, warmup : float
         As for `vecsim.sweep` [ticks, or seconds in the token model, where infinity is to serve all requests].
     short : float, optional
-        With it, `vecsim.queue_growth` is called: the time limit of its short run [ticks].
+        With it, `vecsim.queue_growth` is called: the time limit of its short run [ticks or seconds].
     axes : dict
         Values of each axis: a list, or text in short notation (see `parse_values`).
     zip : dict
