@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "  0..31            whole numbers, both ends included\n"
         "  1,2,4            a list\n"
         "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields\n"
+        "  true, fcfs       what a field takes: prefix_caching=true,false or order=fcfs,shortest_prompt\n"
         "  policies:mine    a batcher's rule of one's own: @numba.njit function `mine` in policies.py\n"
         "  3                one value: pins the field\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
