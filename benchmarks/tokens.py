@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from suite.tokens import poisson
 
 import vecsim as sim
 from vecsim.axes import Plan
@@ -19,7 +20,6 @@ from vecsim.threads import Workers
 from vecsim.token_simulate import run_token_block
 
 REPEAT = 40
-STEP = sim.LinearStepTime(base=8e-3, per_request=4e-5)
 
 
 def milliseconds(engine: sim.Engine) -> tuple[float, int]:
@@ -50,15 +50,6 @@ def milliseconds(engine: sim.Engine) -> tuple[float, int]:
     finally:
         custom.token_kernel = make
     return 1000 * min(times), int(results.metrics[0, -1])
-
-
-def poisson(requests: int, slots: int = 256) -> sim.Engine:
-    """512/512 tokens at 10/s for 256 slots."""
-    load = sim.PoissonLoadGenerator(
-        request_rate=10 * slots / 256, requests=requests, prompt_tokens=512, output_tokens=512
-    )
-    batcher = sim.TokenBudgetBatcher(max_num_batched_tokens=2048)
-    return sim.Engine(max_batch_size=slots, load_generator=load, batcher=batcher, step_time=STEP)
 
 
 def cases() -> dict[str, tuple[sim.Engine, str]]:

@@ -160,6 +160,10 @@ def test_a_spec_of_ones_own_has_lists_notation_and_zipped_axes(tmp_path):
         (["--set", "time_limit=5"], "use --time-limit for time_limit"),
         (["--set", "seed=1,,2"], "a list has a value on either side of each comma, got '1,,2'"),
         (["--set", "batcher=IFBatche"], "did you mean IFBatcher"),
+        (["schedulers", "--set", "order=fcf,deadline"], "--set order: can't read the value 'fcf': it is neither a"),
+        (["schedulers", "--set", "order=fcf,deadline"], "did you mean fcfs"),
+        (["schedulers", "--set", "order=3"], "order must be one of fcfs, shortest_prompt, priority, "),
+        (["schedulers", "--set", "prefix_caching=1,0"], "prefix_caching must be true or false, got 1"),
         (["--set", "seed=1" + 400 * "0"], "seed must be >= 0 and <= 4294967295, got 1000"),
         (["--set", "batcher=policies:nosuch"], "module 'policies' has no attribute 'nosuch'"),
         (["--at-load", "nan"], "--at-load must be a finite number, got nan"),
@@ -229,6 +233,39 @@ def test_a_rule_that_fails_as_it_runs_is_one_sentence_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+TEXTS = """
+time_limit = 20
+[engine]
+kv_cache = { blocks = 1000 }
+step_time = { type = "LinearStepTime", base = 6e-3 }
+batcher = { type = "TokenBudgetBatcher" }
+[engine.load_generator]
+type = "PoissonLoadGenerator"
+prompt_tokens = 100
+output_tokens = 10
+[axes]
+order = ["fcfs", "shortest_prompt"]
+prefix_caching = [true, false]
+async_scheduling = "false,true"
+"""
+
+
+def test_words_and_truths_are_axes_in_a_spec_and_on_the_command_line(tmp_path):
+    (tmp_path / "mine.toml").write_text(TEXTS)
+    for arguments, order in (
+        ([], ["fcfs", "shortest_prompt"]),
+        (["--set", "order=deadline,fcfs"], ["deadline", "fcfs"]),
+    ):
+        done = cli(tmp_path, "mine.toml", *arguments, "-o", "mine.nc", "--plot", "mine.png", "--force")
+        assert done.returncode == 0, done.stderr
+        with xr.open_dataset(tmp_path / "mine.nc") as ds:
+            assert ds.order.values.tolist() == order
+            assert ds.prefix_caching.values.tolist() == ["True", "False"]
+            assert ds.async_scheduling.values.tolist() == ["False", "True"]
+    batchers = parse_values("TokenBudgetBatcher(order=shortest_prompt, async_scheduling=true),IFBatcher")
+    assert (batchers[0].order, batchers[0].async_scheduling) == ("shortest_prompt", True)
+
+
 def test_queue_growth_prints_the_published_table(tmp_path):
     done = cli(tmp_path, "queue-growth", "--set", "seed=42..44")
     assert done.returncode == 0, done.stderr
@@ -252,6 +289,9 @@ def test_any_spec_can_be_asked_whether_queues_grow(tmp_path):
     assert "(a queue grows if" in done.stdout
     done = cli(tmp_path, *SMALL, "--short", "50", "--warmup", "5")
     assert (done.returncode, done.stderr) == (2, "error: --warmup must be 0 for queue growth, got 5\n")
+    done = cli(tmp_path, "schedulers", "--set", "request_rate=1,4", "--short", "20", "--time-limit", "60")
+    assert "60 s, median" in done.stdout, done.stderr
+    assert "saved schedulers.nc and schedulers.png" in done.stdout
 
 
 def test_the_table_reads_the_nearest_load(tmp_path):
@@ -298,6 +338,8 @@ def test_values_in_short_notation():
     assert parse_values("0..31") == range(32)
     assert parse_values("1,2.5,1e-3") == [1, 2.5, 1e-3]
     assert parse_values("7") == 7
+    assert parse_values("true,false") == [True, False]
+    assert parse_values("fcfs") == "fcfs"
     assert [type(value).__name__ for value in parse_values("IFBatcher,StaticBatcher")] == [
         "IFBatcher",
         "StaticBatcher",

@@ -1,11 +1,14 @@
 """Short and long runs of the same engine: published figures, and what tells a growing queue."""
 
+import msgspec
 import numpy as np
 import pytest
 import xarray as xr
 
 import vecsim as sim
+from vecsim import plot, token_simulate
 from vecsim.sweep.report import growth_table
+from vecsim.sweep.spec import read_spec
 
 COMMON = {
     "prefill_time": 2, "itl": 1, "total_prefill_chunks": 2, "target_output_len_tokens": 10,
@@ -94,6 +97,46 @@ def test_the_kept_queue_is_that_of_the_steps():
         ).run(300)
         step = np.searchsorted(alone.steps.time.values, ds.time.values, side="right") - 1
         np.testing.assert_array_equal(one.queue_size, alone.steps.queue_size.values[step])
+
+
+def token_engine(batcher=None, rate=8.0):
+    spec = read_spec("schedulers")
+    load = msgspec.structs.replace(spec.engine.load_generator, request_rate=rate)
+    batcher = batcher or sim.TokenBudgetBatcher(max_num_batched_tokens=2048)
+    return msgspec.structs.replace(spec.engine, load_generator=load, batcher=batcher)
+
+
+def test_the_kept_queue_of_the_token_model_is_that_of_the_steps(monkeypatch):
+    monkeypatch.setattr(token_simulate, "FEW_STEPS", 50)
+    batchers = [sim.StaticBatcher(), sim.TokenBudgetBatcher(max_num_batched_tokens=2048)]
+    ds = sim.sweep(
+        token_engine(), 60, progress=False, keep="queue", seed=[1, 2], batcher=batchers, request_rate=[3, 14]
+    )
+    plain = sim.sweep(token_engine(), 60, progress=False, seed=[1, 2], batcher=batchers, request_rate=[3, 14])
+    xr.testing.assert_allclose(ds[list(plain.data_vars)], plain, rtol=1e-9)  # sums of steps may round otherwise
+    assert ds.time.attrs["units"] == "s"
+    for place in np.ndindex(2, 2, 2):
+        one = ds.isel(seed=place[0], batcher=place[1], request_rate=place[2])
+        alone = token_engine(batchers[place[1]], one.request_rate.item())
+        load = msgspec.structs.replace(alone.load_generator, seed=one.seed.item())
+        steps = msgspec.structs.replace(alone, load_generator=load).run(60).steps
+        step = np.searchsorted(steps.time.values, ds.time.values, side="right") - 1
+        np.testing.assert_array_equal(one.queue_size, np.where(step < 0, 0, steps.queue_size.values[step]))
+
+
+def test_queues_of_the_token_model_grow_above_what_the_engine_holds():
+    ds = sim.queue_growth(token_engine(), 60, 3000, progress=False, request_rate=[4, 8, 9.5], seed=range(3))
+    assert ds.grows.values.tolist() == [False, False, True]
+    for run, limit in (("short", 60), ("long", 3000)):  # both of the same requests
+        alone = sim.sweep(token_engine(), limit, progress=False, request_rate=[4, 8, 9.5], seed=range(3))
+        np.testing.assert_array_equal(ds.e2e.sel(run=run), alone.e2e)
+    text = growth_table(ds)
+    assert "60 s, median" in text
+    assert "3,000 s, median" in text
+    assert "tick" not in text
+    figure = plot.queue_growth(ds)
+    assert [axis.get_title() for axis in figure.axes] == ["stable queues", "growing queues"]
+    assert figure.axes[0].get_xlabel() == "time [s]"
 
 
 def test_a_closed_loop_never_grows_however_long_its_queue():

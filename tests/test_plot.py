@@ -202,3 +202,19 @@ def test_the_thinned_queues_of_several_batchers_can_be_compared():
     assert len(names) == 12
     assert {rates.count(rate) for rate in rates} == {3}
     assert "4 of 12 values of request_rate" in figure.get_suptitle()
+
+
+def test_goodput_is_drawn_where_an_slo_is_declared_and_only_there():
+    load = sim.PoissonLoadGenerator(prompt_tokens=100, output_tokens=10)
+    step_time = sim.LinearStepTime(base=5e-3, per_request=1e-4, per_prefill_token=1e-3)
+    engine = sim.Engine(load_generator=load, step_time=step_time)
+    strict = sim.Engine(load_generator=load, step_time=step_time, slo=sim.SLO(ttft=0.3))
+    axes = {"request_rate": [1, 4, 12], "progress": False}
+    labels = ["token throughput [tokens/s]", "p99 time to first token [s]", "goodput [requests/s]"]
+    assert [axis.get_ylabel() for axis in plot.sweep(sim.sweep(engine, 20, **axes)).axes] == labels[:2]
+    figure = plot.sweep(sim.sweep(strict, 20, **axes))
+    assert [axis.get_ylabel() for axis in figure.axes] == labels
+    assert figure.axes[2].get_yscale() == "linear"
+    many = plot.sweep(sim.sweep(strict, 20, max_batch_size=range(1, 9), **axes))
+    assert [axis.get_ylabel() for axis in many.axes[3:]] == labels
+    assert pixels(many).std() > 0.05

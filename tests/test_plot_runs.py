@@ -11,7 +11,7 @@ from pictures import pixels
 
 import vecsim as sim
 from vecsim import plot
-from vecsim.plot import interactive, runs
+from vecsim.plot import interactive, runs, tokens
 from vecsim.plot.style import DECODE, EMPTY, PREFILL
 
 
@@ -216,3 +216,105 @@ def test_an_interactive_picture_is_one_file_that_stands_on_its_own(large_run, tm
 
 def test_a_notebook_shows_the_picture_by_itself():
     assert RUN.plot()._repr_png_().startswith(b"\x89PNG")
+
+
+def token_engine(batcher=None, **fields):
+    load = sim.PoissonLoadGenerator(request_rate=20, requests=300, prompt_tokens=100, output_tokens=40)
+    usual = {"load_generator": load, "kv_cache": sim.KVCache(blocks=60), "max_batch_size": 16}
+    step_time = sim.LinearStepTime(base=5e-3, per_request=1e-4, per_prefill_token=1e-3)
+    return sim.Engine(**usual | {"batcher": batcher or sim.TokenBudgetBatcher(), "step_time": step_time} | fields)
+
+
+@pytest.fixture(scope="module")
+def token_run():
+    return token_engine().run()
+
+
+@pytest.fixture(scope="module")
+def refused_run():
+    load = sim.BatchLoadGenerator(initial_batch=12, prompt_tokens=1000, output_tokens=5)
+    return token_engine(load_generator=load).run()
+
+
+def test_the_tokens_of_a_step_are_spread_over_its_time(token_run):
+    steps = token_run.steps
+    edges = np.linspace(0.0, float(token_run.metrics.end_time), 5000)  # most steps are longer than a column
+    decode, prefill = tokens.tokens_per_second(token_run, edges)
+    for drawn, name in ((decode, "decoding"), (prefill, "prefill_tokens")):
+        assert (drawn * np.diff(edges)).sum() == pytest.approx(float(steps[name].sum()))
+        assert drawn.max() <= float((steps[name] / steps.duration).max()) * (1 + 1e-9)
+
+
+def test_a_run_without_a_step_is_drawn_and_says_why(refused_run):
+    figure = refused_run.plot()
+    assert figure.axes[0].texts[0].get_text() == "no step was made: all 12 requests were refused"
+    assert pixels(figure).std() > 0.01
+    assert "all 12 requests were refused" in refused_run.plot(interactive=True).layout.annotations[0].text
+    load = sim.RequestRateLoadGenerator(request_rate=0.01, prompt_tokens=10, output_tokens=5)
+    nobody = token_engine(load_generator=load).run(3)
+    assert nobody.plot().axes[0].texts[0].get_text() == "no step was made: no request arrived"
+
+
+def test_a_title_tells_no_field_that_is_at_its_default():
+    classes = [sim.RequestClass(name="chat", slo=sim.SLO(ttft=0.5)), sim.RequestClass(name="batch", share=2)]
+    load = sim.PoissonLoadGenerator(request_rate=20, prompt_tokens=10, output_tokens=4, classes=classes)
+    title = token_engine(load_generator=load).run(1).title
+    assert "classes=(RequestClass(name='chat', slo=SLO(ttft=0.5)), RequestClass(name='batch', share=2.0))" in title
+    assert "None" not in title
+
+
+def test_runs_of_the_token_model_are_compared_in_seconds(token_run, refused_run):
+    other = token_engine(sim.StaticBatcher()).run()
+    figure = plot.compare([token_run, other, refused_run], ["budget", "static", "refused"])
+    *batches, memory, queue, latency = figure.axes
+    assert [axis.get_title(loc="left").strip() for axis in batches] == ["budget", "static", "refused"]
+    assert len({axis.get_ylim() for axis in batches}) == 1  # batches can be compared by their height
+    told = [text.get_text() for axis in batches for text in axis.texts]
+    assert told[0].startswith("300 requests done, ")
+    assert "tokens/s, mean TTFT" in told[0]
+    assert told[2] == "no step was made: all 12 requests were refused"
+    assert memory.get_ylabel() == "KV memory\n[%]"
+    assert latency.get_ylabel() == "latency\n[s]"
+    assert latency.get_xlabel() == "time [s]"
+    np.testing.assert_array_equal(queue.lines[0].get_ydata()[:-1], token_run.steps.queue_size)
+    assert pixels(figure).std() > 0.05
+    endless = [one.run() for one in (token_engine(kv_cache=None), token_engine(kv_cache=None, max_batch_size=4))]
+    assert len(plot.compare(endless).axes) == 4
+    cached = plot.compare([endless[0], token_run]).axes
+    assert [axis.get_title(loc="left").strip() for axis in cached[:2]] == ["kv_cache=None", "KVCache"]
+    with pytest.raises(ValueError, match="runs must be of one model, got some in ticks and some in s"):
+        plot.compare([token_run, RUN])
+
+
+def test_another_kind_of_component_says_enough_in_a_comparison():
+    labels = plot.compare([token_engine(batcher).run() for batcher in (sim.StaticBatcher(), sim.TokenBudgetBatcher())])
+    assert [axis.get_title(loc="left").strip() for axis in labels.axes[:2]] == [
+        "StaticBatcher", "TokenBudgetBatcher, max_num_batched_tokens=2048",
+    ]  # fmt: skip
+
+
+def test_what_is_told_under_the_pointer_of_the_token_model_is_what_happens(token_run, monkeypatch):
+    shown, steps = interactive.batches(token_run), token_run.steps
+    at = np.searchsorted(shown.edges, steps.time.values)
+    for values, name in ((shown.prefilling, "prefilling"), (shown.decoding, "decoding"), (shown.queue, "queue_size")):
+        np.testing.assert_allclose(values[at], steps[name], atol=1e-6)
+    np.testing.assert_allclose(shown.memory[at] * 0.6, steps.kv_blocks, atol=1e-6)
+    np.testing.assert_allclose(shown.prefill_tokens[at], steps.prefill_tokens / steps.duration, atol=1e-3)
+    monkeypatch.setattr(interactive, "MOST_POINTS", 100)
+    sampled = interactive.batches(token_run)
+    assert sampled.queue.size == 50
+    lengths = np.diff(sampled.edges)
+    assert (sampled.decode_tokens * lengths).sum() == pytest.approx(float(steps.decoding.sum()))
+
+
+def test_an_interactive_picture_of_the_token_model_stands_on_its_own(token_run, tmp_path):
+    figure = token_run.plot(interactive=True)
+    for word in ("prefill", "decode", "tokens/s", "queue", "KV memory"):
+        assert word in figure.data[0].hovertemplate
+    marks = figure.data[-1]
+    assert "request %{customdata[0]}" in marks.hovertemplate
+    np.testing.assert_array_equal(marks.customdata[:, 1], 100)
+    assert figure.layout.xaxis5.title.text == "time [s]"
+    assert figure.layout.yaxis5.title.text == "latency [s]"
+    figure.write_html(tmp_path / "run.html")
+    assert not re.search(r'<script[^>]+src="', (tmp_path / "run.html").read_text())

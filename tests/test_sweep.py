@@ -1,11 +1,13 @@
 """Sweeps: axes, coordinates, determinism, memory, files."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import pytest
 import strategies
@@ -17,6 +19,8 @@ import vecsim as sim
 from vecsim import axes, scenarios
 from vecsim import threads as threads_module
 from vecsim.sweep.files import write_dataset
+from vecsim.sweep.report import has_slo, stable, table
+from vecsim.sweep.spec import read_spec
 
 ENGINE = sim.Engine(
     max_batch_size=4,
@@ -385,3 +389,86 @@ def test_slots_of_a_large_batch_are_the_lowest_free_ones():
     load = sim.BatchLoadGenerator(initial_batch=2**17, output_tokens=1, prefill_time=0)
     slots = sim.Engine(max_batch_size=2**16, load_generator=load).run(3).requests.slot.values
     np.testing.assert_array_equal(slots, np.tile(np.arange(2**16), 2))
+
+
+@pytest.fixture(scope="module")
+def schedulers():
+    """The engine of the ready-made spec of the token model, and some of its batchers."""
+    spec = read_spec("schedulers")
+    by_name = {type(batcher).__name__: batcher for batcher in spec.keywords()["batcher"]}
+    return spec.engine, [by_name[name] for name in ("TokenBudgetBatcher", "PrefillFirstBatcher", "SGLangBatcher")]
+
+
+def highest_stable(ds):
+    """The highest stable load of each batcher."""
+    return (stable(ds) * ds.request_rate).max("request_rate").values
+
+
+def test_a_load_that_is_stable_in_the_token_model_is_stable_in_a_longer_run(schedulers):
+    engine, batchers = schedulers
+    axes = {"batcher": batchers, "request_rate": np.arange(6, 13.1, 0.5), "seed": range(4)}
+    short, long = (highest_stable(sweep(engine, time, **axes)) for time in (600, 3000))
+    np.testing.assert_array_equal(long, [8.5, 10, 10.5])
+    np.testing.assert_allclose(short, long, atol=0.5)
+
+
+def test_a_static_batch_that_holds_its_load_is_stable_though_requests_wait_longer_than_they_run(schedulers):
+    ds = sweep(schedulers[0], 600, batcher=sim.StaticBatcher(), request_rate=[1, 2, 3, 4, 6], seed=range(4))
+    waits, takes = (ds[name].sel(stat="mean").median("seed") for name in ("queue_time", "e2e"))
+    assert (waits > takes - waits).values[2:4].all()
+    assert stable(ds).values.tolist() == [True, True, True, True, False]
+
+
+def test_a_queue_that_was_served_to_the_end_was_not_stable_for_that(schedulers):
+    engine, batchers = schedulers
+    ds = sweep(engine, requests=4000, batcher=batchers, request_rate=[2, 6, 16], seed=range(4))
+    assert (ds.final_queue == 0).all()
+    assert stable(ds).values.tolist() == [[True, True, False]] * 3
+
+
+def test_a_closed_loop_is_stable_while_more_run_than_wait(schedulers):
+    load = sim.ConcurrentLoadGenerator(target_concurrency=1, prompt_tokens=100, output_tokens=100)
+    engine = sim.Engine(max_batch_size=8, load_generator=load, step_time=schedulers[0].step_time)
+    ds = sweep(engine, 100, target_concurrency=[4, 12, 100])
+    assert stable(ds).values.tolist() == [True, True, False]
+
+
+def test_the_table_tells_what_it_calls_stable_in_each_model(schedulers):
+    ticks = table(sweep(ENGINE, 100, request_rate=[0.1, 0.2]))
+    assert "no more wait than there are slots" in ticks
+    seconds = table(sweep(schedulers[0], 20, request_rate=[1, 2]))
+    assert "no more wait than 1.5 times the mean queue" in seconds
+
+
+def test_the_table_tells_the_goodput_where_an_slo_is_declared(schedulers):
+    engine, batchers = schedulers
+    axes = {"request_rate": np.arange(2, 14.1, 2), "batcher": batchers[:2], "seed": range(2)}
+    ds = sweep(engine, 300, **axes)
+    rows = [re.split(r"  +", line) for line in table(ds).splitlines()]
+    goodput, attained = (rows[0].index(head) for head in ("peak goodput requests/s", "highest at 90 % SLO"))
+    for row, batcher in zip(rows[2:4], ds.batcher.values, strict=True):
+        one = ds.sel(batcher=batcher).median("seed")
+        assert row[goodput] == f"{float(one.goodput.max()):.1f}"
+        assert float(row[attained]) == one.request_rate.values[one.slo_attainment >= 0.9].max()
+    assert "90 % SLO: so many of the requests" in table(ds)
+    alone = table(ds.isel(request_rate=2, drop=True)).splitlines()
+    assert "SLO attainment" in alone[0]
+    assert re.search(r"\b9\d\.\d %|100\.0 %", alone[2])
+
+
+def test_an_slo_is_found_wherever_it_is_declared_and_told_only_then(schedulers):
+    engine = msgspec.structs.replace(schedulers[0], slo=None)
+    limits = sim.SLO(ttft=0.5)
+    kinds = [sim.RequestClass(name="a", slo=limits), sim.RequestClass(name="b")]
+    load = msgspec.structs.replace(engine.load_generator, classes=kinds)
+    assert not has_slo(sweep(engine, 5, request_rate=[1, 2]))
+    assert not has_slo(sweep(msgspec.structs.replace(engine, slo=sim.SLO()), 5, request_rate=[1, 2]))
+    assert not has_slo(sweep(ENGINE, 5, request_rate=[1, 2]))
+    for limited in ({"load_generator": load}, {"load_generator": [load]}, {"slo": limits}, {"slo": [limits]}):
+        assert has_slo(sweep(engine, 5, **limited))
+    with_slo = msgspec.structs.replace(engine, slo=limits)
+    assert has_slo(sweep(with_slo, 5, **{"slo.ttft": [0.1, 0.2]}))
+    assert "goodput" not in table(sweep(engine, 5, request_rate=[1, 2]))
+    assert "Goodput" not in str(engine.run(5))
+    assert "SLO" not in str(engine.run(5))
+    assert "Goodput [requests/s]" in str(with_slo.run(5))

@@ -182,7 +182,10 @@ def preset(**fields):
         (lambda: preset(kv_cache=sim.KVCache(), kv_tokens=64), "kv_cache must be left out where kv_tokens is given"),
         (lambda: preset(batcher=sim.IFBatcher(), order="fcfs"), "batcher must be left out where order is given"),
         (lambda: sim.presets.tensorrt_llm(policy="no_evict"), "did you mean guaranteed_no_evict?"),
-        (lambda: sim.queue_growth(engine()), "engine must be of the tick model"),
+        (
+            lambda: sim.sweep(engine(), requests=5, keep="queue", progress=False),
+            'keep must be "requests" or left out where there is no time_limit, got "queue"',
+        ),
     ],
 )
 def test_what_cant_be_is_refused_with_its_name_and_what_is_allowed(make, message):

@@ -115,11 +115,15 @@ def differing_fields(declarations: Sequence[Declaration]) -> list[str]:
     texts = []
     for own in described:
         names, values = [], []
+        named = set()
         for path, value in own.items():
             others = [other[path] for other in described if path in other]
             if isinstance(value, Declaration):
                 if any(not isinstance(other, Declaration) or other.name != value.name for other in others):
                     names.append(value.name)
+                    named.add(path)
+            elif value is None and path.rpartition(".")[0] in named:
+                continue  # another kind of component says enough
             elif not callable(value) and any(other != value for other in others):
                 text = f"{value:.6g}" if isinstance(value, float) else shown(value)
                 values.append(f"{path.rpartition('.')[2]}={text}")

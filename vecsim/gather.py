@@ -13,6 +13,7 @@ from vecsim.variables import (
     REQUEST_VARIABLES,
     STEP_VARIABLES,
     TOKEN_REQUEST_VARIABLES,
+    TOKEN_STEP_VARIABLES,
     Variable,
     metric_variables,
     stat_labels,
@@ -75,10 +76,10 @@ def record_variables(record: Any, dims: tuple[str, ...], shape: tuple[int, ...])
 
 
 def queue_variables(
-    queue: Array, instants: Array, dims: tuple[str, ...], shape: tuple[int, ...]
+    queue: Array, instants: Array, dims: tuple[str, ...], shape: tuple[int, ...], token: bool = False
 ) -> "dict[str, xr.Variable]":
     """The queue size, over `dims` and `time`, and its instants."""
-    by_name = {variable.name: variable for variable in STEP_VARIABLES}
+    by_name = {variable.name: variable for variable in (TOKEN_STEP_VARIABLES if token else STEP_VARIABLES)}
     time = by_name["time"]._replace(long_name="time", doc="instant")
     return {
         "queue_size": describe(by_name["queue_size"], (*dims, "time"), queue.reshape(*shape, -1)),

@@ -28,12 +28,14 @@ def queue_growth(
 ) -> "xr.Dataset":
     """Simulate a short and a long run; the long one's output lengths go on where the short one's stopped.
 
+    In the token model both see the same requests: the short run is the begin of the long one.
+
     Parameters
     ----------
     engine : Engine
         What is simulated.
     short, long : float
-        The two time limits [ticks].
+        The two time limits [ticks, or seconds in the token model].
     quantiles, progress, threads, **axes
         As for `vecsim.sweep`.
 
@@ -52,8 +54,8 @@ def queue_growth(
     """
     import xarray as xr
 
-    if engine.is_token:
-        raise ValueError("engine must be of the tick model: queue_growth goes on with a stream of output lengths alone")
+    if not isinstance(engine, Engine):
+        raise ValueError(f"engine must be an Engine, got {engine!r}")
     short, long = check_limit("short", short), check_limit("long", long)
     if not long > short:
         raise ValueError(f"long (the time limit) must be > short ({short:g}), got {long:g}")
@@ -62,15 +64,19 @@ def queue_growth(
             raise ValueError(f"{name} can't be given here: the long run goes on where the short one stopped")
     options: dict[str, Any] = {"quantiles": quantiles, "progress": progress, "threads": threads}
     brief = sweep(engine, short, **options, **axes)
-    own = lower(plan(engine, axes), short).columns["offset"]
-    offset = xr.DataArray(brief.arrived.values + np.broadcast_to(own, brief.arrived.shape), dims=brief.arrived.dims)
-    full = sweep(engine, long, keep="queue", **options, **axes, stream_offset=offset)
+    going_on: dict[str, Any] = {}
+    if not engine.is_token:
+        own = lower(plan(engine, axes), short).columns["offset"]
+        offset = brief.arrived.values + np.broadcast_to(own, brief.arrived.shape)
+        going_on["stream_offset"] = xr.DataArray(offset, dims=brief.arrived.dims)
+    full = sweep(engine, long, keep="queue", **options, **axes, **going_on)
     full = full.drop_vars("stream_offset", errors="ignore")  # there is none without axes
     queue = full[["queue_size"]]
     full = full.drop_vars(["queue_size", "time"])
     both = xr.concat([brief, full], dim=xr.Variable("run", ["short", "long"]), combine_attrs="override")
+    units = "s" if engine.is_token else "ticks"
     both = both.assign_coords(
-        run_time=("run", [float(short), float(long)], {"long_name": "time limit", "units": "ticks"})
+        run_time=("run", [float(short), float(long)], {"long_name": "time limit", "units": units})
     ).assign(queue)
     both.attrs["time_limit"] = float(long)
     return both.assign(grows=grows(both))

@@ -13,6 +13,7 @@ from vecsim.gather import base_attrs, describe, metrics_dataset, record_variable
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
+from vecsim.sweep.report import has_slo
 from vecsim.variables import STEP_VARIABLES, TOKEN_STEP_VARIABLES, stat_labels
 
 if TYPE_CHECKING:
@@ -161,7 +162,6 @@ class Run:
         rows = [
             ("Requests/s", f"{float(metrics.request_throughput):.3f}"),
             ("Output tokens/s", f"{float(metrics.token_throughput):,.1f}"),
-            ("Goodput [requests/s]", f"{float(metrics.goodput):.3f} (SLO attainment {share('slo_attainment')})"),
             (
                 "Completed requests",
                 f"{int(metrics.completed)} of {int(metrics.arrived)}, {int(metrics.dropped)} refused",
@@ -170,6 +170,9 @@ class Run:
             ("Slot utilization", share("utilization")),
             ("Batch size", f"{float(metrics.batch_size):.1f} requests, {float(metrics.step_tokens):.1f} tokens a step"),
         ]
+        if has_slo(metrics):
+            kept = f"{float(metrics.goodput):.3f} (SLO attainment {share('slo_attainment')})"
+            rows.insert(2, ("Goodput [requests/s]", kept))
         if not np.isnan(float(metrics.kv_use)):
             rows.append(("KV memory", f"{share('kv_use')} in use, peak {share('kv_peak')}"))
             rows.append(("Preemptions", f"{int(metrics.preemptions)}"))
@@ -196,6 +199,9 @@ class Run:
     def title(self) -> str:
         """One line: what was run."""
         load = self.engine.load_generator.label()
+        for kind in self.engine.load_generator.classes:
+            # Without the fields at their default; its `name` is a field of its own.
+            load = load.replace(repr(kind), f"RequestClass{kind.label().removeprefix(kind.name)}")
         limit = f"{self.time_limit:g} {self.unit}" if self.time_limit < np.inf else "to the end"
         return f"{self.engine.batcher.label()}, {self.engine.max_batch_size} slots, {load}, {limit}"
 

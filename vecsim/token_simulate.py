@@ -12,6 +12,7 @@ from vecsim.kernel.state import (
     BAD_DURATION,
     DONE,
     INTERRUPTED,
+    OUT_OF_STEPS,
     TOO_LONG,
     Array,
     StepRecord,
@@ -28,6 +29,7 @@ from vecsim.streams import draw_streams, values_of
 from vecsim.threads import INLINE, Workers
 
 BYTES_PER_REQUEST = 240  # of a thread's room
+FEW_STEPS = 1 << 14  # that there is room for where the queue is kept; more if they are too few
 
 
 class TokenRun(NamedTuple):
@@ -74,15 +76,18 @@ def run_token_block(
     room.require(workers.threads)
     own = threading.local()
     latest: dict[str, Any] = {"run": None}
-    record = StepRecord(np.empty((2, steps)), np.empty((6, steps), np.int64))
+    keeps_requests, keeps_queue = results.record.arrived_at.shape[1] > 0, measured.instants.size > 0
+    if keeps_queue:
+        steps = FEW_STEPS
 
     def job() -> TokenJob:
         if not hasattr(own, "room"):
             own.room = room.make()
+            own.record = room_for_steps(steps)
         scratch, work, (nodes, node_of, owned, cached) = own.room
         return TokenJob(
             block.scenarios, block.stream, block.arrival_stream, streams, table.time_limit, measured.warmup,
-            measured.quantiles, scratch, work, nodes, node_of, owned, cached, record, results.metrics,
+            measured.quantiles, scratch, work, nodes, node_of, owned, cached, own.record, results.metrics,
             results.enqueued, status, workers.stop,
         )  # fmt: skip
 
@@ -103,24 +108,50 @@ def run_token_block(
                 )
         return outcome
 
-    keeps_requests = results.record.arrived_at.shape[1] > 0
-
     def run_and_record(first: int, last: int) -> None:
         for row in range(first, last):
             _, requests = run_some(row, row + 1)
-            if status[row] == DONE:
+            while keeps_queue and status[row] == OUT_OF_STEPS:
+                own.record = room_for_steps(4 * own.record.times.shape[1])
+                _, requests = run_some(row, row + 1)
+            if status[row] != DONE:
+                continue
+            made = trimmed(own.record, own.room[1])
+            if keeps_requests:
                 kept = write_token_record(row, requests, job(), results.record)
-                latest["run"] = TokenRun(kept, trimmed(record, own.room[1]))
+                latest["run"] = TokenRun(kept, made)
+            if keeps_queue:
+                results.queue[row] = queue_at(measured.instants, made)
 
     # How much work that is can't be known; a closed loop's requests are a guess.
     cost = 40.0 * size * block.most_requests
-    run = run_and_record if keeps_requests else run_some
+    run = run_and_record if keeps_requests or keeps_queue else run_some
     workers.share(run, size, max(cost, INLINE) if table.rules else cost, progress)
     if streams.outside[0]:
         warnings.warn(
             f"{int(streams.outside[0]):,} steps were outside the tables of the step time: extrapolated", stacklevel=2
         )
     return status, latest["run"]
+
+
+def room_for_steps(steps: int) -> StepRecord:
+    """Room for the record of so many steps.
+
+    Raises
+    ------
+    ValueError
+        When it would not fit in memory.
+    """
+    memory.require(64.0 * steps, f"{steps:.3g} steps in one scenario", "a shorter time_limit or fewer threads")
+    return StepRecord(np.empty((2, steps)), np.empty((6, steps), np.int64))
+
+
+def queue_at(instants: Array, made: StepRecord) -> Array:
+    """Queue sizes at some instants [instant]: those of the steps that began last; 0 before the first."""
+    from vecsim.kernel.token_state import BEGIN, STEP_QUEUE
+
+    step = np.searchsorted(made.times[BEGIN], instants, side="right")
+    return np.append(0, made.counts[STEP_QUEUE])[step]
 
 
 def trimmed(record: StepRecord, work: TokenWork) -> StepRecord:

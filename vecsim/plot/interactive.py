@@ -1,13 +1,13 @@
 """The picture of a run under the pointer, with plotly."""
 
-import textwrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vecsim.kernel.state import Array
+from vecsim.plot import tokens
 from vecsim.plot.runs import by_slot, timeline
-from vecsim.plot.style import DECODE, E2E, EMPTY, PREFILL, TTFT
+from vecsim.plot.style import DECODE, E2E, EMPTY, PREFILL, TTFT, heading
 
 if TYPE_CHECKING:
     from vecsim.run import Run
@@ -66,14 +66,25 @@ def cells(run: "Run") -> Cells:
     )
 
 
-def draw(run: "Run") -> Any:
-    """See `vecsim.plot.run`."""
+def plotly() -> tuple[Any, Any]:
+    """Plotly's graph objects, and what makes panels.
+
+    Raises
+    ------
+    ImportError
+        When it isn't there.
+    """
     try:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots
     except ImportError:
         raise ImportError("an interactive picture needs a package more: pip install 'vecsim[interactive]'") from None
+    return go, make_subplots
 
+
+def draw(run: "Run") -> Any:
+    """See `vecsim.plot.run`."""
+    go, make_subplots = plotly()
     shown = cells(run)
     slots = np.arange(run.engine.max_batch_size)
     figure = make_subplots(3, 1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[0.56, 0.18, 0.26])
@@ -106,47 +117,133 @@ def draw(run: "Run") -> Any:
     time, queue = run.steps.time.values, run.steps.queue_size.values
     some = np.unique(np.linspace(0, time.size - 1, min(time.size, MOST_POINTS)).astype(int))
     figure.add_trace(
-        go.Scatter(
-            x=time[some],
-            y=queue[some],
-            name="queue",
-            line={"shape": "hv", "color": "#595959", "width": 1.2},
-            fill="tozeroy",
-            showlegend=False,
-            hovertemplate="%{x:.2f} ticks<br>queue %{y}<extra></extra>",
-        ),
+        go.Scatter(x=time[some], y=queue[some], hovertemplate="%{x:.2f} ticks<br>queue %{y}<extra></extra>", **QUEUE),
         2,
         1,
     )
-    requests = run.requests
+    add_latencies(figure, run, 3)
+    figure.update_yaxes(title_text="slot", autorange="reversed", row=1, col=1)
+    figure.update_yaxes(title_text="queue [requests]", rangemode="tozero", row=2, col=1)
+    finish(figure, run, 3)
+    return figure
+
+
+QUEUE = {
+    "name": "queue",
+    "line": {"shape": "hv", "color": "#595959", "width": 1.2},
+    "fill": "tozeroy",
+    "showlegend": False,
+}
+
+
+def add_latencies(figure: Any, run: "Run", row: int) -> None:
+    """A mark for each latency at the time at which it was recorded, which tells its request."""
+    go, _ = plotly()
+    requests, unit, token = run.requests, run.unit, run.engine.is_token
+    digits = 3 if token else 2
+    since = requests.arrived_at if token else requests.enqueued_at
     for name, at, colour, symbol in (
         ("time to first token", "first_token_at", TTFT, "x"),
         ("end-to-end latency", "completed_at", E2E, "circle"),
     ):
         recorded = np.flatnonzero(~np.isnan(requests[at].values))
         recorded = recorded[np.linspace(0, recorded.size - 1, min(recorded.size, MOST_POINTS)).astype(int)]
+        told = [recorded]
+        template = f"%{{x:.{digits}f}} {unit}<br>request %{{customdata[0]}}<br>{name} %{{y:.{digits}f}} {unit}"
+        if token:
+            told += [requests[length].values[recorded] for length in ("prompt_tokens", "output_tokens", "hit_tokens")]
+            template += "<br>prompt %{customdata[1]} tokens, %{customdata[3]} of them cached"
+            template += "<br>output %{customdata[2]} tokens"
         figure.add_trace(
             go.Scattergl(
                 x=requests[at].values[recorded].astype(np.float32),
-                y=(requests[at] - requests.enqueued_at).values[recorded].astype(np.float32),
-                customdata=recorded.astype(np.int32),
+                y=(requests[at] - since).values[recorded].astype(np.float32),
+                customdata=np.stack(told, -1).astype(np.int32),
                 mode="markers",
                 name=name,
                 marker={"color": colour, "symbol": symbol, "size": 5 if recorded.size < 1000 else 2},
-                hovertemplate="%{x:.2f} ticks<br>request %{customdata}<br>" + name + " %{y:.2f} ticks<extra></extra>",
+                hovertemplate=template + "<extra></extra>",
             ),
-            3,
+            row,
             1,
         )
-    figure.update_yaxes(title_text="slot", autorange="reversed", row=1, col=1)
-    figure.update_yaxes(title_text="queue [requests]", rangemode="tozero", row=2, col=1)
-    figure.update_yaxes(title_text="latency [ticks]", rangemode="tozero", row=3, col=1)
-    figure.update_xaxes(range=[0, shown.edges[-1]])
-    figure.update_xaxes(title_text="time [ticks]", row=3, col=1)
+    figure.update_yaxes(title_text=f"latency [{unit}]", rangemode="tozero", row=row, col=1)
+
+
+def finish(figure: Any, run: "Run", row: int) -> None:
+    """The time axis, the title and the legend; `row` is the last."""
+    figure.update_xaxes(range=[0, float(run.metrics.end_time) or 1.0])
+    figure.update_xaxes(title_text=f"time [{run.unit}]", row=row, col=1)
     figure.update_layout(
-        title={"text": textwrap.fill(run.title, 120).replace("\n", "<br>"), "font": {"size": 14}},
+        title={"text": heading(run).replace("\n", "<br>"), "font": {"size": 14}},
         template="plotly_white",
-        height=640,
-        legend={"orientation": "h", "y": 1.06, "x": 1, "xanchor": "right"},
+        height=200 + 150 * row,
+        # Below the panels, where no title is so long as to reach it.
+        legend={"orientation": "h", "y": -60 / (150 * row), "yanchor": "top", "x": 0.5, "xanchor": "center"}
+        | {"traceorder": "normal", "itemsizing": "constant"},
     )
+
+
+class Batches(NamedTuple):
+    """What the batch does in each column of the picture [column]; means where a column has several steps."""
+
+    edges: Array  # [column + 1] s
+    prefilling: Array  # requests
+    decoding: Array
+    prefill_tokens: Array  # tokens/s
+    decode_tokens: Array
+    queue: Array  # requests
+    memory: Array  # %, 0 where memory has no end
+
+
+def batches(run: "Run") -> Batches:
+    """A column for each step and each time without one, or evenly spaced ones where those would be too many."""
+    end = float(run.metrics.end_time) or 1.0
+    begin, lasts = run.steps.time.values, run.steps.duration.values
+    edges = np.linspace(0.0, end, MOST_POINTS // 2 + 1)
+    if 2 * begin.size <= MOST_POINTS // 2:
+        edges = np.unique([0.0, end, *begin, *(begin + lasts)])
+        edges = edges[np.diff(edges, prepend=-1.0) > 1e-12 * end]
+    decoding, prefilling = tokens.requests_in_batch(run, edges)
+    decode_tokens, prefill_tokens = tokens.tokens_per_second(run, edges)
+    memory = tokens.memory_in_use(run, edges) if tokens.has_memory(run) else np.zeros(edges.size - 1)
+    queue = tokens.mean_over_time(run, run.steps.queue_size.values, edges)
+    return Batches(edges, prefilling, decoding, prefill_tokens, decode_tokens, queue, memory)
+
+
+def draw_tokens(run: "Run") -> Any:
+    """See `vecsim.plot.run`: a run of the token model."""
+    go, make_subplots = plotly()
+    shown = batches(run)
+    finite = tokens.has_memory(run)
+    heights = [0.32, 0.17, *([0.15] if finite else []), 0.14, 0.22]
+    figure = make_subplots(len(heights), 1, shared_xaxes=True, vertical_spacing=0.03, row_heights=heights)
+    told = (
+        "%{x:.3f} s<br>%{customdata[0]:.4~g} prefill, %{customdata[1]:.4~g} decode<br>"
+        "prompts %{customdata[2]:.4~s} tokens/s, outputs %{customdata[3]:.4~s} tokens/s<br>"
+        "queue %{customdata[4]:.4~g}" + ("<br>KV memory %{customdata[5]:.1f} %" if finite else "") + "<extra></extra>"
+    )
+    common = {"x": shown.edges[:-1], "customdata": np.stack(shown[1:], -1).astype(np.float32), "hovertemplate": told}
+
+    def add(row: int, values: Array, **style: Any) -> None:
+        figure.add_trace(go.Scatter(y=values.astype(np.float32), mode="lines", **common, **style), row, 1)
+
+    for row, parts in ((1, (shown.decoding, shown.prefilling)), (2, (shown.decode_tokens, shown.prefill_tokens))):
+        for name, colour, values in zip(("decode", "prefill"), (DECODE, PREFILL), parts, strict=True):
+            line = {"shape": "hv", "width": 0, "color": colour}
+            add(row, values, name=name, stackgroup=str(row), line=line, fillcolor=colour, showlegend=row == 1)
+    if finite:
+        memory = {"name": "KV memory", "line": {"shape": "hv", "color": "#8C8C8C", "width": 1}, "fill": "tozeroy"}
+        add(3, shown.memory, showlegend=False, **memory)
+        figure.update_yaxes(title_text="KV memory [%]", range=[0, 105], row=3, col=1)
+    queue, latency = len(heights) - 1, len(heights)
+    add(queue, shown.queue, **QUEUE)
+    add_latencies(figure, run, latency)
+    figure.update_yaxes(title_text="batch [requests]", row=1, col=1)
+    figure.update_yaxes(title_text="computed [tokens/s]", row=2, col=1)
+    figure.update_yaxes(title_text="queue [requests]", row=queue, col=1)
+    figure.update_yaxes(rangemode="tozero")
+    finish(figure, run, latency)
+    if not run.steps.sizes["step"]:
+        figure.add_annotation(text=tokens.why_nothing(run), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.9)
     return figure

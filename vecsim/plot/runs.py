@@ -8,7 +8,19 @@ import numpy as np
 
 from vecsim.axes import differing_fields
 from vecsim.kernel.state import Array
-from vecsim.plot.style import COLOURS, DASHES, DECODE, E2E, EMPTY, PREFILL, TTFT, Picture, ticks_at_integers
+from vecsim.plot.style import (
+    COLOURS,
+    DASHES,
+    DECODE,
+    E2E,
+    EMPTY,
+    PHASES,
+    PREFILL,
+    TTFT,
+    Picture,
+    heading,
+    ticks_at_integers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +79,8 @@ def run(run: "Run", *, interactive: bool = False) -> Any:
     run : Run
         From `Engine.run`.
     interactive : bool
-        Draw it with plotly: what is under the pointer tells slot, request, phase, token, latency so far and queue.
+        Draw it with plotly: what is under the pointer tells slot, request, phase, token, latency so far and queue. In
+        the token model it tells what the batch did at that time, and of a mark its request.
         `figure.write_html("run.html")` writes one file that stands on its own.
 
     Returns
@@ -81,19 +94,15 @@ def run(run: "Run", *, interactive: bool = False) -> Any:
     ------
     ImportError
         When plotly is needed and isn't there.
-    ValueError
-        When a run of the token model is to be interactive.
     """
+    if interactive:
+        from vecsim.plot import interactive as pointed
+
+        return pointed.draw_tokens(run) if run.engine.is_token else pointed.draw(run)
     if run.engine.is_token:
-        if interactive:
-            raise ValueError("interactive must be left out in the token model")
         from vecsim.plot import tokens
 
         return tokens.draw(run)
-    if interactive:
-        from vecsim.plot.interactive import draw
-
-        return draw(run)
     slots = run.engine.max_batch_size
     height = float(np.clip(0.35 * slots, 1.4, 5.0))
     figure = Picture(figsize=(11, height + 3.6), layout="constrained")
@@ -102,13 +111,15 @@ def run(run: "Run", *, interactive: bool = False) -> Any:
     draw_queue(middle, run, color="0.35", fill=True)
     draw_latencies(bottom, run, TTFT, E2E)
     finish(middle, bottom, [run])
-    figure.suptitle(textwrap.fill(run.title, 120), fontsize="medium")
-    legend(figure, [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)])
+    figure.suptitle(heading(run), fontsize="medium")
+    legend(figure, (("empty", EMPTY), *PHASES), [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)])
     return figure
 
 
 def compare(runs: Sequence["Run"], labels: Sequence[str] | None = None) -> Any:
     """Draw several runs on one time axis: the slots of each, then their queues and latencies together.
+
+    In the token model the batch's composition instead of slots, and KV memory before the queues where it has an end.
 
     Parameters
     ----------
@@ -124,7 +135,7 @@ def compare(runs: Sequence["Run"], labels: Sequence[str] | None = None) -> Any:
     Raises
     ------
     ValueError
-        When there are no runs, more than seven, or not as many labels.
+        When there are no runs, more than seven, or not as many labels, or runs of both models.
     """
     runs = list(runs) if isinstance(runs, Sequence) else [runs]
     from vecsim.run import Run
@@ -132,58 +143,84 @@ def compare(runs: Sequence["Run"], labels: Sequence[str] | None = None) -> Any:
     for one in runs:
         if not isinstance(one, Run):
             raise ValueError(f"runs must be a list of what Engine.run returns, got {one!r} among them")
-        if one.engine.is_token:
-            raise ValueError("runs must be of the tick model")
     if not 1 <= len(runs) <= len(COLOURS):
         raise ValueError(f"runs must be 1 to {len(COLOURS)}, got {len(runs)}")
+    if len({run.unit for run in runs}) > 1:
+        raise ValueError("runs must be of one model, got some in ticks and some in s")
     if labels is None:
         labels = differing_fields([run.engine for run in runs])
         if len(set(labels)) < len(labels) or "" in labels:
             labels = [f"{i + 1}: {text}" if text else f"{i + 1}" for i, text in enumerate(labels)]
     if len(labels) != len(runs):
         raise ValueError(f"labels must be one for each of {len(runs)} runs, got {len(labels)}")
-    heights = [float(np.clip(0.3 * run.engine.max_batch_size, 1.0, 3.0)) for run in runs]
-    figure = Picture(figsize=(11, sum(heights) + 0.6 * len(runs) + 4.2), layout="constrained")
-    axes = figure.subplots(len(runs) + 2, 1, sharex=True, height_ratios=(*heights, 1.5, 1.8))
+    token = runs[0].engine.is_token
+    if token:
+        from vecsim.plot import tokens
+
+        heights = [1.5] * len(runs)
+        together = [1.2] if any(tokens.has_memory(run) for run in runs) else []
+    else:
+        heights = [float(np.clip(0.3 * run.engine.max_batch_size, 1.0, 3.0)) for run in runs]
+        together = []
+    together += [1.5, 1.8]
+    figure = Picture(figsize=(11, sum(heights) + 0.6 * len(runs) + sum(together) + 0.9), layout="constrained")
+    axes = figure.subplots(len(runs) + len(together), 1, sharex=True, height_ratios=(*heights, *together))
     middle, bottom = axes[-2:]
     end = max(float(run.metrics.end_time) for run in runs)
     for i, (axis, run, text) in enumerate(zip(axes, runs, labels, strict=False)):
-        draw_slots(axis, run, end)
-        metrics = run.metrics
+        if token:
+            tokens.draw_batch(axis, run, tokens.columns(run))
+        else:
+            draw_slots(axis, run, end)
         title = textwrap.shorten(text, 110, placeholder=" ...") + "\n"
         axis.set_title(title, loc="left", fontsize="medium", color=COLOURS[i], fontweight="bold")
-        axis.text(
-            0.0,
-            1.03,
-            f"{int(metrics.completed)} requests done, {float(metrics.token_throughput):,.0f} tokens per 1000 ticks, "
-            f"mean TTFT {float(metrics.ttft[0]):.1f}, E2E {float(metrics.e2e[0]):.1f}",
-            transform=axis.transAxes,
-            fontsize="small",
-        )
+        axis.text(0.0, 1.03, in_brief(run), transform=axis.transAxes, fontsize="small")
+        if len(together) > 2 and tokens.has_memory(run):
+            tokens.draw_memory_line(axes[-3], run, color=COLOURS[i], linestyle=DASHES[i])
         draw_queue(middle, run, color=COLOURS[i], linestyle=DASHES[i])
         draw_latencies(bottom, run, COLOURS[i], COLOURS[i])
+    if token:
+        top = max(axis.get_ylim()[1] for axis in axes[: len(runs)])
+        for axis in axes[: len(runs)]:
+            axis.set_ylim(0, top)
     finish(middle, bottom, runs)
-    legend(figure, [("time to first token", "x", "0.3"), ("end-to-end latency", "o", "0.3")])
+    phases = PHASES if token else (("empty", EMPTY), *PHASES)
+    legend(figure, phases, [("time to first token", "x", "0.3"), ("end-to-end latency", "o", "0.3")])
     return figure
+
+
+def in_brief(run: "Run") -> str:
+    """What came of a run, in a line."""
+    if not run.steps.sizes["step"]:
+        from vecsim.plot.tokens import why_nothing
+
+        return why_nothing(run)
+    metrics = run.metrics
+    ttft, e2e = (float(metrics[name].sel(stat="mean")) for name in ("ttft", "e2e"))
+    digits, unit = (3, " s") if run.engine.is_token else (1, "")
+    return (
+        f"{int(metrics.completed)} requests done, {float(metrics.token_throughput):,.0f} "
+        f"{metrics.token_throughput.attrs['units']}, mean TTFT {ttft:.{digits}f}{unit}, E2E {e2e:.{digits}f}{unit}"
+    )
 
 
 def finish(queue: "Axes", latency: "Axes", runs: Sequence["Run"]) -> None:
     """Name the axes, and begin them at zero."""
+    unit = runs[0].unit
     queue.set_ylabel("queue\n[requests]")
-    latency.set_ylabel("latency\n[ticks]")
-    latency.set_xlabel("time [ticks]")
-    latency.set_xlim(0, max(float(run.metrics.end_time) for run in runs))
-    most = max(int(run.steps.queue_size.max()) for run in runs)
+    latency.set_ylabel(f"latency\n[{unit}]")
+    latency.set_xlabel(f"time [{unit}]")
+    latency.set_xlim(0, max(float(run.metrics.end_time) for run in runs) or 1.0)
+    most = max(int(run.steps.queue_size.values.max(initial=0)) for run in runs)
     queue.set_ylim(0, 1.08 * max(most, 1))
     latency.set_ylim(0, None if any(int(run.metrics.first_tokens) for run in runs) else 1)
 
 
-def legend(figure: Picture, marks: list[tuple[str, str, str]]) -> None:
+def legend(figure: Picture, phases: Sequence[tuple[str, str]], marks: list[tuple[str, str, str]]) -> None:
     """Phases and marks, below the panels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    phases = (("empty", EMPTY), ("prefill", PREFILL), ("decode", DECODE))
     handles: list[Any] = [Patch(color=colour, label=name) for name, colour in phases]
     handles += [
         Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4, label=name)
@@ -266,6 +303,8 @@ def draw_queue(axis: "Axes", run: "Run", *, fill: bool = False, **style: Any) ->
     """Queue size over time: the range in each of many columns where there are more steps than that."""
     time, queue = run.steps.time.values, run.steps.queue_size.values
     end = float(run.metrics.end_time)
+    if not time.size:
+        time, queue = np.zeros(1), np.zeros(1, np.int64)
     if time.size > 4 * COLUMNS:
         begin = np.searchsorted(time, np.linspace(0.0, end, 2 * COLUMNS, endpoint=False))
         begin = np.unique(np.minimum(begin, time.size - 1))

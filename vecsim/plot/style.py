@@ -2,12 +2,15 @@
 
 import io
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from vecsim.run import Run
 
 # Okabe and Ito's colours, told apart by the colour-blind too (https://jfly.uni-koeln.de/color/)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -16,6 +19,7 @@ MARKERS = "osD^v<>"
 
 EMPTY, PREFILL, DECODE = "#ECECEC", "#E69F00", "#56B4E9"
 E2E, TTFT = "#D55E00", "#009E73"
+PHASES = (("prefill", PREFILL), ("decode", DECODE))
 
 
 class Picture(Figure):
@@ -45,6 +49,11 @@ def label(array: "xr.DataArray", before: str = "") -> str:
     name = before + array.attrs.get("long_name", str(array.name))
     units = array.attrs.get("units", "1")
     return name if units == "1" else f"{name} [{units}]"
+
+
+def heading(run: "Run") -> str:
+    """What was run, in three lines at most."""
+    return textwrap.fill(run.title, 120, max_lines=3, placeholder=" ...")
 
 
 def run_time(dataset: Any) -> str:

@@ -7,20 +7,21 @@ import numpy as np
 
 from vecsim.kernel.state import Array
 from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, check_dataset, label, run_time, ticks_at_integers
-from vecsim.sweep.report import load_coord, median, other_dims, stable, texts
+from vecsim.sweep.report import has_slo, load_coord, median, other_dims, stable, texts
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
 
 VARIABLES = ("token_throughput", "ttft")
+SLO_VARIABLES = (*VARIABLES, "goodput")  # where there are limits
 MOST_MAPS = 4  # side by side
 MOST_TICKS = 12
 MOST_CHARACTERS = 40  # of tick labels below a map
 
 
 def sweep(dataset: "xr.Dataset") -> Any:
-    """Throughput and tail TTFT: the picture that suits the dimensions.
+    """Throughput and tail TTFT, and goodput where an SLO is declared: the picture that suits the dimensions.
 
     Parameters
     ----------
@@ -49,7 +50,10 @@ def sweep(dataset: "xr.Dataset") -> Any:
 
 
 def lines(
-    dataset: "xr.Dataset", x: str | None = None, variables: Sequence[str] | str = VARIABLES, stat: str | None = None
+    dataset: "xr.Dataset",
+    x: str | None = None,
+    variables: Sequence[str] | str | None = None,
+    stat: str | None = None,
 ) -> Any:
     """A line for each combination, a band over seeds; a panel for each variable.
 
@@ -61,7 +65,7 @@ def lines(
         Coordinate to draw along: the load, else the longest axis of numbers, unless given. Without any, a point is
         drawn for each combination.
     variables : sequence of str, or str
-        What to draw.
+        What to draw; token throughput and time to first token unless given, and goodput where an SLO is declared.
     stat : str, optional
         Which statistic of variables that have several; the highest quantile unless given.
 
@@ -77,7 +81,7 @@ def lines(
         When the Dataset has no such coordinate, variable or statistic.
     """
     check_dataset(dataset)
-    variables = check_variables(variables)
+    variables = check_variables(dataset, variables)
     if x is None:
         x = load_coord(dataset) or next(iter(numeric_dims(dataset, None)), None)
     else:
@@ -114,7 +118,7 @@ def lines(
         axis.grid(alpha=0.3)
         if array.isnull().all():
             axis.text(0.5, 0.5, f"no value of {array.name}", ha="center", transform=axis.transAxes)
-        elif spans_decades(array.values):
+        elif spans_decades(array.values) and array.name != "goodput":  # whose fall to nothing would fill the panel
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=min(0.0, float(array.min())))
@@ -131,7 +135,7 @@ def heat_map(
     dataset: "xr.Dataset",
     x: str | None = None,
     y: str | None = None,
-    variables: Sequence[str] | str = VARIABLES,
+    variables: Sequence[str] | str | None = None,
     stat: str | None = None,
 ) -> Any:
     """Colours over two axes; a row of maps for each variable, a column for each value of another axis.
@@ -143,7 +147,7 @@ def heat_map(
     x, y : str, optional
         Coordinates; the load and the longest other axis of numbers unless given.
     variables : sequence of str, or str
-        What to draw.
+        What to draw; token throughput and time to first token unless given, and goodput where an SLO is declared.
     stat : str, optional
         Which statistic of variables that have several; the highest quantile unless given.
 
@@ -160,7 +164,7 @@ def heat_map(
         When the Dataset has no two axes, or no such coordinate, variable or statistic.
     """
     check_dataset(dataset)
-    variables = check_variables(variables)
+    variables = check_variables(dataset, variables)
     for name, value in (("x", x), ("y", y)):
         if value is not None:
             check_coord(dataset, name, value)
@@ -234,8 +238,10 @@ def check_coord(dataset: "xr.Dataset", argument: str, name: str) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(drawable(dataset))}, got {name!r}")
 
 
-def check_variables(variables: Sequence[str] | str) -> list[str]:
-    """The variables as a list; a ValueError if there are none."""
+def check_variables(dataset: "xr.Dataset", variables: Sequence[str] | str | None) -> list[str]:
+    """The variables as a list, the usual ones if None; a ValueError if there are none."""
+    if variables is None:
+        return list(SLO_VARIABLES if has_slo(dataset) else VARIABLES)
     result = [variables] if isinstance(variables, str) else list(variables)
     if not result:
         raise ValueError(f"variables must be one or more names, got {variables!r}")

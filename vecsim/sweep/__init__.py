@@ -76,8 +76,8 @@ def sweep(
         raise ValueError(f"engine must be an Engine, got {engine!r}")
     time_limit, warmup = check_times(time_limit, warmup, engine.is_token)
     wanted = check_quantiles(quantiles)
-    if keep == "queue" and engine.is_token:
-        raise ValueError('keep must be "requests" or left out in the token model, got "queue"')
+    if keep == "queue" and time_limit == np.inf:
+        raise ValueError('keep must be "requests" or left out where there is no time_limit, got "queue"')
     if keep not in (None, "requests", "queue"):
         raise ValueError(f'keep must be "requests", "queue" or left out, got {keep!r}')
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
@@ -88,7 +88,7 @@ def sweep(
     if table.token is not None:
         kernel = "run_token_scenarios"
     with progress_bar(planned.scenarios, progress, kernel) as bar:
-        instants = np.linspace(0.0, time_limit, INSTANTS if keep == "queue" else 0)
+        instants = np.linspace(0.0, time_limit, INSTANTS) if keep == "queue" else np.empty(0)
         measured = Measured(warmup, np.array(wanted), instants)
         results = simulate(table, measured, threads, keep == "requests", bar.update)
     attrs = base_attrs(planned.engine, time_limit, warmup)
@@ -98,7 +98,7 @@ def sweep(
     if keep == "requests":
         dataset = dataset.assign(record_variables(results.record, dims, shape))
     if keep == "queue":
-        dataset = dataset.assign(queue_variables(results.queue, instants, dims, shape))
+        dataset = dataset.assign(queue_variables(results.queue, instants, dims, shape, token))
     return dataset
 
 

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "  0..31            whole numbers, both ends included\n"
         "  1,2,4            a list\n"
         "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields\n"
+        "  true, fcfs       what a field takes: prefix_caching=true,false or order=fcfs,shortest_prompt\n"
         "  policies:mine    a batcher's rule of one's own: @numba.njit function `mine` in policies.py\n"
         "  3                one value: pins the field\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--plot", type=Path, metavar="FILE", help="save the picture as .png, .pdf or .svg")
     result.add_argument("--time-limit", type=float, metavar="T", help="ticks (or seconds) to simulate")
     result.add_argument("--warmup", type=float, metavar="T", help="ticks (or seconds) simulated but not measured")
-    result.add_argument("--short", type=float, metavar="T", help="queue growth: also simulate T ticks, and compare")
+    result.add_argument("--short", type=float, metavar="T", help="queue growth: also simulate so long, and compare")
     result.add_argument("--at-load", type=float, metavar="X", help="load at which the table reads the TTFT")
     result.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     result.add_argument("--force", action="store_true", help="overwrite existing files")

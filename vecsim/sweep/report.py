@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +18,23 @@ LOADS = ("request_rate", "rate_scale", "target_concurrency", "initial_batch")
 STABLE_SHARE = 0.01
 STABLE = "at the end no more wait than there are slots, or 1 % of the arrivals, and half of the arrivals are done"
 
+# In the token model slots may be so many that a growing queue is shorter for long, and a run may go on until the queue
+# is empty. A queue that grows ends at twice its mean, and one that was served to the end has half its largest size as
+# its mean; one that holds ends near its mean, and is far below its largest size most of the time. Measured on eight
+# batchers x 25 rates: short waits alone would refuse a static batcher, which waits for a batch longer than a request
+# runs; the share of the largest size alone would refuse a closed loop, whose queue is always as long.
+STABLE_END = 1.5
+STABLE_MEAN = 1 / 3
+STABLE_TOKEN = (
+    "at the end no more wait than 1.5 times the mean queue, or 1 % of the arrivals; requests wait no longer than they "
+    "run, or the mean queue is below a third of the largest; and half of the arrivals are done"
+)
+
 MOST_ROWS = 36
+WIDTH = 160  # of the lines below a table
 
 THROUGHPUTS = ("token_throughput", "request_throughput")
+ATTAINED = 0.9  # the SLO attainment at which a load is held
 
 CRITERION = (
     "from the end of the short run to that of the long one it gains more than there are slots, and more than 1 % of "
@@ -54,10 +69,43 @@ def texts(dataset: "xr.Dataset", dim: str) -> list[str]:
 
 
 def stable(dataset: "xr.Dataset") -> "xr.DataArray":
-    """Whether final_queue <= max(slots, 1 % of arrived) and completed >= arrived / 2; medians over `seed`."""
+    """Whether the queue holds, medians over `seed`.
+
+    In the tick model: final_queue <= max(slots, 1 % of arrived) and completed >= arrived / 2. In the token model:
+    final_queue <= max(1.5 mean_queue, 1 % of arrived), and mean queue_time <= mean e2e - mean queue_time or
+    mean_queue <= max_queue / 3, and completed >= arrived / 2.
+    """
     queued, arrived, completed = (median(dataset[name]) for name in ("final_queue", "arrived", "completed"))
-    short = queued <= np.maximum(slots_of(dataset), STABLE_SHARE * arrived)
-    return (short & (completed >= arrived / 2)).transpose(*queued.dims)
+    half = completed >= arrived / 2
+    if not is_token(dataset):
+        short = queued <= np.maximum(slots_of(dataset), STABLE_SHARE * arrived)
+        return (short & half).transpose(*queued.dims)
+    mean, largest = median(dataset.mean_queue), median(dataset.max_queue)
+    waits, takes = (median(dataset[name].sel(stat="mean", drop=True)) for name in ("queue_time", "e2e"))
+    short = queued <= np.maximum(STABLE_END * mean, STABLE_SHARE * arrived)
+    return (short & ((waits <= takes - waits) | (mean <= STABLE_MEAN * largest)) & half).transpose(*queued.dims)
+
+
+def is_token(dataset: "xr.Dataset") -> bool:
+    """Whether a Dataset is of the token model, in seconds."""
+    return str(dataset.end_time.attrs["units"]) == "s"
+
+
+def has_slo(dataset: "xr.Dataset") -> bool:
+    """Whether any limit is declared in a Dataset: by the engine, by a class of requests, or by an axis."""
+    import msgspec
+
+    def declares(plain: Any) -> bool:
+        if isinstance(plain, dict):
+            return bool(plain.get("slo")) or any(map(declares, plain.values()))
+        return isinstance(plain, list) and any(map(declares, plain))
+
+    if not is_token(dataset):
+        return False
+    if any("slo" in str(name).split(".") for name in dataset.coords):
+        return True
+    kept = [coord.attrs["declarations"] for coord in dataset.coords.values() if "declarations" in coord.attrs]
+    return any(declares(msgspec.json.decode(text)) for text in (dataset.attrs["declaration"], *kept))
 
 
 def slots_of(dataset: "xr.Dataset") -> Any:
@@ -70,7 +118,7 @@ def slots_of(dataset: "xr.Dataset") -> Any:
 
 
 def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
-    """One row for each combination of the axes other than load and seed.
+    """One row for each combination of the axes other than load and seed; with goodput where an SLO is declared.
 
     Parameters
     ----------
@@ -87,8 +135,12 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     tail = str(dataset.stat.values[-2])
     ttft = median(dataset.ttft.sel(stat=tail))
 
+    slo = has_slo(dataset)
     units = [dataset[name].attrs.get("units", "").replace(" per 1000 ticks", "/1K ticks") for name in THROUGHPUTS]
     heads = [*dims, *(f"peak {unit}" for unit in units)]
+    if slo:
+        goodput, attainment = median(dataset.goodput), median(dataset.slo_attainment)
+        heads += [f"peak goodput {dataset.goodput.attrs['units']}"]
     if load is not None:
         loads = dataset[load].values
         if at_load is not None:
@@ -96,9 +148,10 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
         else:
             everywhere = np.flatnonzero(holds.all([dim for dim in holds.dims if dim != along]).values)
             chosen = int(everywhere[loads[everywhere].argmax()] if everywhere.size else loads.argmin())
-        heads += [f"highest stable {load}", f"{tail} TTFT at {load}={loads[chosen]:.4g}"]
+        heads += [f"highest stable {load}", *([f"highest at {100 * ATTAINED:.0f} % SLO"] if slo else [])]
+        heads += [f"{tail} TTFT at {load}={loads[chosen]:.4g}"]
     else:
-        heads += ["stable", f"{tail} TTFT"]
+        heads += ["stable", *(["SLO attainment"] if slo else []), f"{tail} TTFT"]
 
     names = {dim: texts(dataset, dim) for dim in dims}
     rows = []
@@ -107,17 +160,29 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
         at = dict(zip(dims, index, strict=True))
         row = [names[dim][i] for dim, i in at.items()]
         row += [f"{float(throughput.isel(at).max()):,.0f}", f"{float(requests.isel(at).max()):,.1f}"]
+        if slo:
+            row.append(f"{float(goodput.isel(at).max()):,.1f}")
         if load is not None:
-            good = loads[holds.isel(at).values]
-            row += [f"{good.max():.4g}" if good.size else "none", _number(ttft.isel(at)[chosen])]
+            row += [
+                _highest(loads, holds.isel(at)),
+                *([_highest(loads, attainment.isel(at) >= ATTAINED)] if slo else []),
+            ]
+            row.append(_number(ttft.isel(at)[chosen]))
         else:
-            row += ["yes" if bool(holds.isel(at)) else "no", _number(ttft.isel(at))]
+            row += ["yes" if bool(holds.isel(at)) else "no"]
+            row += [f"{100 * float(attainment.isel(at)):.1f} %"] if slo else []
+            row.append(_number(ttft.isel(at)))
         rows.append(row)
     lines = aligned([heads, *rows], len(dims))
     lines += more_rows(dataset, dims)
     seeds = dataset.sizes.get("seed", 1)
     medians = f"medians over {seeds} seeds; " if seeds > 1 else ""
-    lines.append(f"({medians}stable: {STABLE})")
+    criterion = STABLE_TOKEN if is_token(dataset) else STABLE
+    if slo:
+        criterion += (
+            f"; {100 * ATTAINED:.0f} % SLO: so many of the requests that were completed or refused kept to their limits"
+        )
+    lines += textwrap.wrap(f"({medians}stable: {criterion})", WIDTH)
     return "\n".join(lines)
 
 
@@ -132,7 +197,8 @@ def growth_table(dataset: "xr.Dataset") -> str:
     dims = other_dims(dataset, "run")
     seeds = dataset.sizes.get("seed", 1)
     first = dataset.isel(seed=0) if "seed" in dataset.dims else dataset
-    times = [f"{limit:,.10g} ticks" for limit in dataset.run_time.values]
+    unit, places = ("s", ".3f") if is_token(dataset) else ("ticks", ".2f")
+    times = [f"{limit:,.10g} {unit}" for limit in dataset.run_time.values]
     heads = [*dims, "queue", "metric", *(f"{time}, seed {first.seed.item()}" if seeds > 1 else time for time in times)]
     if seeds > 1:
         heads += [f"{time}, median" for time in times]
@@ -147,7 +213,7 @@ def growth_table(dataset: "xr.Dataset") -> str:
             cells = []
             for source in (first, dataset) if seeds > 1 else (first,):
                 array = source[metric].sel(stat="mean") if "stat" in source[metric].dims else source[metric]
-                digits = ".0f" if array.dtype.kind == "i" else ".2f"
+                digits = ".0f" if array.dtype.kind == "i" else places
                 cells += [f"{value:{digits}}" for value in median(array.isel(at)).values]
             rows.append([*begin, title, *cells])
             begin = [""] * len(begin)
@@ -177,6 +243,12 @@ def more_rows(dataset: "xr.Dataset", dims: list[str]) -> list[str]:
 def median(array: "xr.DataArray") -> "xr.DataArray":
     """Median over `seed`, NaN where a seed has none."""
     return array.median("seed", skipna=False) if "seed" in array.dims else array
+
+
+def _highest(loads: Any, where: "xr.DataArray") -> str:
+    """The highest of the loads at which something holds."""
+    good = loads[where.values]
+    return f"{good.max():.4g}" if good.size else "none"
 
 
 def _number(value: Any) -> str:

@@ -1,19 +1,22 @@
 """Specs: sweeps written down in TOML, and the short notation for an axis's values."""
 
+import functools
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, from_plain, suggestion, tagged
+from vecsim.declaration import Declaration, _checks, from_plain, suggestion, tagged
 from vecsim.engine import Engine
 from vecsim.own import RULE_NAME
 
 # So many values in one range are a slip, not a sweep.
 MOST_VALUES = 10_000_000
+
+TRUTHS = {"true": True, "false": False}
 
 
 class Spec(Declaration, frozen=True, kw_only=True):
@@ -28,7 +31,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
     time_limit, warmup : float
         As for `vecsim.sweep` [ticks, or seconds in the token model, where infinity is to serve all requests].
     short : float, optional
-        With it, `vecsim.queue_growth` is called: the time limit of its short run [ticks].
+        With it, `vecsim.queue_growth` is called: the time limit of its short run [ticks or seconds].
     axes : dict
         Values of each axis: a list, or text in short notation (see `parse_values`).
     zip : dict
@@ -105,8 +108,9 @@ def parse_values(text: str) -> Any:
     """Values in short notation.
 
     `0.1:0.6:6` is six evenly spaced numbers, both ends included; `0..31` are whole numbers, both ends included;
-    `a,b,c` is a list; anything else is one value, which pins the field. A value is a number or a declaration, such
-    as `IFBatcher` or `LogNormal(mean=10, std=5)`, or `module:name`, a batcher's rule of one's own.
+    `a,b,c` is a list; anything else is one value, which pins the field. A value is a number, `true` or `false`, a word
+    that some field takes, such as `fcfs`, a declaration, such as `IFBatcher` or `LogNormal(mean=10, std=5)`, or
+    `module:name`, a batcher's rule of one's own.
 
     Raises
     ------
@@ -135,7 +139,7 @@ def parse_values(text: str) -> Any:
 
 
 def parse_value(text: str) -> Any:
-    """One number, declaration, or name of a rule.
+    """One number, truth, word, declaration, or name of a rule.
 
     Raises
     ------
@@ -146,7 +150,9 @@ def parse_value(text: str) -> Any:
     number = _number(text)
     if number is not None:
         return number
-    if RULE_NAME.fullmatch(text):
+    if text in TRUTHS:
+        return TRUTHS[text]
+    if RULE_NAME.fullmatch(text) or text in words():
         return text
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
     if match is None:
@@ -166,13 +172,21 @@ def parse_value(text: str) -> Any:
     return from_plain({"type": match[1], **fields}, _declaration(match[1]))
 
 
+@functools.cache
+def words() -> frozenset[str]:
+    """All words that a field of some declaration may be, such as `fcfs`."""
+    kinds = [kind for declaration in tagged().values() for _, kinds, _ in _checks(declaration) for kind in kinds]
+    return frozenset(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+
+
 def _declaration(name: str | None) -> Any:
     """The declaration class of a name."""
     if name is None:
         raise ValueError('a table of a declaration needs its name: type = "..."')
     found = tagged()
     if name not in found:
-        hint = suggestion(name, found) or f"; declarations are {', '.join(sorted(found))}"
+        hint = suggestion(name, [*found, *words(), *TRUTHS])
+        hint = hint or f"; declarations are {', '.join(sorted(found))}, words {', '.join(sorted({*words(), *TRUTHS}))}"
         raise ValueError(f"can't read the value {name!r}: it is neither a number nor a declaration{hint}")
     return found[name]
 
