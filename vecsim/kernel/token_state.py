@@ -69,7 +69,7 @@ def full_blocks(tokens, block_size, shift):
 @inlined
 def gap_bin(gap):
     """Bin of the time between two tokens; ascends with it."""
-    return (np.float64(min(max(gap, 2.0**-20), 2.0**40)).view(np.int64) >> GAP_SHIFT) - GAP_FIRST
+    return min(max((np.float64(gap).view(np.int64) >> GAP_SHIFT) - GAP_FIRST, 0), GAP_BINS - 1)
 
 
 @inlined
