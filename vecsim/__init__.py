@@ -15,6 +15,7 @@ from vecsim.batching import (
     TokenBudgetBatcher,
 )
 from vecsim.engine import Engine
+from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
 from vecsim.kv_cache import KVCache
 from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform, Zipf
@@ -33,6 +34,7 @@ from vecsim.load import (
     TraceLoadGenerator,
     read_trace,
 )
+from vecsim.models import Model
 from vecsim.overheads import Overheads
 from vecsim.run import Run
 from vecsim.step_time import (
@@ -49,6 +51,7 @@ from vecsim.sweep import sweep
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPU",
     "SLO",
     "BatchLoadGenerator",
     "Batcher",
@@ -68,6 +71,7 @@ __all__ = [
     "LoadGenerator",
     "LogNormal",
     "MaxUtilizationBatcher",
+    "Model",
     "NoEvictBatcher",
     "Normal",
     "Overheads",

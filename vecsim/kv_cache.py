@@ -1,9 +1,13 @@
 """KV memory: how many blocks there are, and what happens to those that are freed."""
 
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from vecsim.declaration import Declaration, Range
+
+if TYPE_CHECKING:
+    from vecsim.gpus import GPU, Dtype
+    from vecsim.models import Model
 
 # Blocks of a memory without end
 ENDLESS = 2**31 - 1
@@ -39,6 +43,61 @@ class KVCache(Declaration, frozen=True, kw_only=True):
     prefix_caching: bool = False
     watermark: Share = 0.0
     uncached_first: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        model: "Model | str",
+        gpu: "GPU | str",
+        *,
+        tp: int = 1,
+        dtype: "Dtype" = "bfloat16",
+        kv_dtype: "Dtype" = "bfloat16",
+        memory_fraction: float = 0.9,
+        max_num_batched_tokens: int = 2048,
+        max_num_seqs: int = 128,
+        block_size: int = 16,
+        **fields: Any,
+    ) -> Self:
+        """The KV memory that is left beside a model's weights; see `vecsim.capacity.kv_blocks` for the estimate.
+
+        Parameters
+        ----------
+        model, gpu : Model and GPU, or their names
+        tp : int
+            GPUs among which the model is shared out.
+        dtype, kv_dtype : "bfloat16", "float16" or "fp8"
+            Of the weights, and of the KV cache.
+        memory_fraction : float
+            Share of a GPU's memory that the server may use.
+        max_num_batched_tokens, max_num_seqs : int
+            Tokens and requests of the largest step.
+        block_size, **fields
+            Of `KVCache`.
+
+        Returns
+        -------
+        KVCache
+
+        Raises
+        ------
+        ValueError
+            When the model doesn't fit, or a value is wrong.
+        """
+        from vecsim.capacity import kv_blocks
+
+        blocks = kv_blocks(
+            model,
+            gpu,
+            tp=tp,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            memory_fraction=memory_fraction,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+        return cls(blocks=blocks, block_size=block_size, **fields)
 
     def kernel(self) -> dict[str, Any]:
         """Fields of `vecsim.kernel.state.Memory` by name."""
