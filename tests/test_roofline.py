@@ -2,12 +2,14 @@
 
 import msgspec
 import numba
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vecsim as sim
-from vecsim.roofline import Numbers, RooflineStepTime, seconds
+from vecsim.kernel.roofline import seconds
+from vecsim.roofline import Numbers, RooflineStepTime
 
 IDEAL = {"compute_efficiency": 1, "bandwidth_efficiency": 1, "link_efficiency": 1, "link_latency": 0,
          "step_overhead": 0, "layer_overhead": 0}  # fmt: skip
@@ -194,3 +196,24 @@ def test_a_declaration_is_written_and_read_back_and_told_by_its_names():
 def test_wrong_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         declared(**fields)
+
+
+def test_a_run_takes_what_the_rule_says_and_models_and_gpus_can_be_axes():
+    step_time = RooflineStepTime(model="llama-3.1-8b", gpu="h100")
+    load = sim.BatchLoadGenerator(initial_batch=3, prompt_tokens=700, output_tokens=4)
+    engine = sim.Engine(
+        max_batch_size=4,
+        load_generator=load,
+        batcher=sim.TokenBudgetBatcher(max_num_batched_tokens=2048),
+        step_time=step_time,
+        kv_cache=sim.KVCache.of("llama-3.1-8b", "h100"),
+    )
+    numbers = step_time.coefficients()
+    prompts = [seconds(numbers, 3, 2048, 700 * 350.0 * 2 + 648 * 324.0, 0, 0, 0)]
+    prompts.append(seconds(numbers, 1, 52, 52 * 674.0, 648, 2, 2 * 701))
+    decodes = [seconds(numbers, 0, 0, 0.0, 0, 3, 2 * (702 + i) + 701 + i) for i in range(2)]
+    last = seconds(numbers, 0, 0, 0.0, 0, 1, 703)
+    np.testing.assert_allclose(engine.run().steps.duration, [*prompts, *decodes, last], rtol=1e-12)
+    ds = sim.sweep(engine, gpu=["a100-80", "h100"], model=["llama-2-7b", "llama-3.1-8b"], progress=False)
+    assert (ds.e2e.sel(stat="mean").diff("gpu") < 0).all()
+    assert ds.gpu.values.tolist() == ["a100-80", "h100"]

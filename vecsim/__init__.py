@@ -36,6 +36,7 @@ from vecsim.load import (
 )
 from vecsim.models import Model
 from vecsim.overheads import Overheads
+from vecsim.roofline import RooflineStepTime
 from vecsim.run import Run
 from vecsim.step_time import (
     CustomStepTime,
@@ -81,6 +82,7 @@ __all__ = [
     "PrefillFirstBatcher",
     "RequestClass",
     "RequestRateLoadGenerator",
+    "RooflineStepTime",
     "Run",
     "SGLangBatcher",
     "Sessions",

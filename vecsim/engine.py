@@ -8,12 +8,15 @@ from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator, TraceLoadGenerator
 from vecsim.overheads import Overheads
 from vecsim.own import check_own
-from vecsim.step_time import AnyStepTime, PolynomialStepTime, TickStepTime
+from vecsim.roofline import RooflineStepTime
+from vecsim.step_time import CustomStepTime, LinearStepTime, PolynomialStepTime, TableStepTime, TickStepTime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vecsim.run import Run
+
+AnyStepTime = TickStepTime | LinearStepTime | PolynomialStepTime | TableStepTime | RooflineStepTime | CustomStepTime
 
 
 class Engine(Declaration, frozen=True, kw_only=True):

@@ -5,10 +5,7 @@ from typing import Annotated, NamedTuple
 from vecsim.declaration import NonNegative, Range
 from vecsim.gpus import GPU, Dtype, size_of
 from vecsim.models import Model
-from vecsim.step_time import StepTime
-
-# The kind's code, after those in `vecsim.step_time`
-ROOFLINE = 5
+from vecsim.step_time import ROOFLINE, StepTime
 
 Efficiency = Annotated[float, Range(0, 1, low_allowed=False)]
 
@@ -17,7 +14,7 @@ WIDE = 2
 
 
 class Numbers(NamedTuple):
-    """What the rule `seconds` multiplies its aggregates with: work / peak, on each of the GPUs."""
+    """What the rule in `vecsim.kernel.roofline` multiplies its aggregates with: work / peak, on each of the GPUs."""
 
     base: float  # s of every step: overheads, latencies of the collectives
     per_token: float  # s: norms, rotary embedding, activation functions, writing KV, all-reduces
@@ -35,34 +32,6 @@ class Numbers(NamedTuple):
     decode_compute: float  # s per token of the context of a decoding request
     kv_read: float  # s per token of context
     expand: float  # s per token that a prompt attends to: keys and values from their compressed form (MLA)
-
-
-def seconds(
-    numbers, prefill_requests, prefill_tokens, prefill_attention, prefill_context, decode_requests, decode_context
-):
-    """Seconds of a step from its aggregates (see `vecsim.kernel.state.StepBatch`); `numbers` are those of `Numbers`.
-
-    Groups of operators follow one another; each takes as long as the slower of its arithmetic and its memory traffic
-    (the roofline: Williams, Waterman, Patterson, CACM 52(4), 2009).
-    """
-    (
-        base, per_token, per_request, matrix_compute, matrix_weights, matrix_moved, expert_compute, expert_weights,
-        expert_moved, expert_missed, head_compute, head_weights, attention_compute, decode_compute, kv_read, expand,
-    ) = numbers  # fmt: skip
-    tokens = float(prefill_tokens + decode_requests)
-    requests = float(prefill_requests + decode_requests)
-    total = base + per_token * tokens + per_request * requests
-    total += max(matrix_compute * tokens, matrix_weights + matrix_moved * tokens)
-    if expert_weights > 0.0:
-        touched = 1.0 - expert_missed**tokens
-        total += max(expert_compute * tokens, expert_weights * touched + expert_moved * tokens)
-    total += max(head_compute * requests, head_weights)
-    if prefill_requests > 0:
-        context = float(prefill_context + prefill_tokens)
-        total += max(attention_compute * prefill_attention, kv_read * context) + expand * context
-    if decode_requests > 0:
-        total += max(decode_compute * decode_context, kv_read * decode_context)
-    return total
 
 
 class RooflineStepTime(StepTime, frozen=True, kw_only=True, tag=True):
@@ -138,7 +107,7 @@ class RooflineStepTime(StepTime, frozen=True, kw_only=True, tag=True):
         self.model.check_tp(self.tp)
 
     def coefficients(self) -> Numbers:
-        """Sixteen numbers for the rule `seconds`."""
+        """Sixteen numbers for the rule in `vecsim.kernel.roofline`."""
         model, tp, layers = self.model, self.tp, self.model.layers
         flops = self.gpu.flops(self.dtype) * self.compute_efficiency
         wide_flops = self.gpu.bfloat16_flops * self.compute_efficiency

@@ -10,7 +10,7 @@ from vecsim.declaration import Declaration, NonNegative, Range, check_array, sho
 from vecsim.own import check_own, name_of, named, stands_for
 
 # Codes of the rule `duration`
-TICK, LINEAR, POLYNOMIAL, TABLE, OWN = range(5)
+TICK, LINEAR, POLYNOMIAL, TABLE, OWN, ROOFLINE = range(6)
 
 # What a table may be about, by the place in `AXES`
 AXES = (
@@ -35,7 +35,7 @@ class StepTime(Declaration, frozen=True, kw_only=True, tag_field="type"):
     code: ClassVar[int]
 
     def coefficients(self) -> tuple[float, ...]:
-        """At most seven numbers for the rule `duration`."""
+        """Numbers for the kernel's rule: seven at most, of a roofline sixteen."""
         return ()
 
 
@@ -273,9 +273,6 @@ class CustomStepTime(StepTime, frozen=True, kw_only=True, tag=True):
     @property
     def name(self) -> str:
         return name_of(self.rule)
-
-
-AnyStepTime = TickStepTime | LinearStepTime | PolynomialStepTime | TableStepTime | CustomStepTime
 
 
 def kernel_of(step_time: StepTime, kv_tokens: int, per_step: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vecsim.load import (
     Stream,
     TraceLoadGenerator,
 )
+from vecsim.roofline import RooflineStepTime
 from vecsim.step_time import CustomStepTime, TableStepTime, flat_tables, kernel_of
 
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
@@ -90,10 +91,13 @@ class TokenTables:
             self.classes.append((float(kind.priority), *limits))
         return (first,)
 
-    def put_tables(self, step_time: TableStepTime) -> tuple[int, ...]:
+    def put_tables(self, step_time: TableStepTime | RooflineStepTime) -> tuple[int, ...]:
         from vecsim.kernel.duration import AXIS, GRID, VALUES_AT
 
         first = sum(len(terms) for terms in self.terms)
+        if isinstance(step_time, RooflineStepTime):
+            self.terms.append(np.array([step_time.coefficients()]))
+            return first, 1
         terms, grids, values = flat_tables(step_time.terms)
         terms[:, GRID] += sum(len(part) for part in self.grids)
         terms[:, GRID + 1] += np.where(terms[:, AXIS + 1] >= 0, sum(len(part) for part in self.grids), 0)
@@ -113,7 +117,7 @@ def token_parameters(
     streams = load.streams()
     tables = (
         shared.place(step_time, lambda: shared.put_tables(step_time))
-        if isinstance(step_time, TableStepTime)
+        if isinstance(step_time, TableStepTime | RooflineStepTime)
         else (0, 0)
     )
     classes = shared.place(("classes", load.classes, engine.slo), lambda: shared.put_classes(load.classes, engine.slo))

@@ -2,22 +2,28 @@
 
 import math
 
+from vecsim.kernel import roofline as roofline_rule
 from vecsim.kernel.address import call_step_time
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.state import StepBatch
-from vecsim.step_time import AXES, LINEAR, LOOKUPS, POLYNOMIAL, TABLE
+from vecsim.step_time import AXES, LINEAR, LOOKUPS, POLYNOMIAL, ROOFLINE, TABLE
 
 # Fields of a table's term, twice those of an axis: which (-1: none), how it is looked up, its places, where they begin
 # in `grids`, the first one, and the step between them (0: they aren't even); then where its values begin, and a factor
 # for more than one request
 AXIS, LOOKUP, SIZE, GRID, FIRST, STEP = range(0, 12, 2)
-VALUES_AT, FACTOR, FIELDS = range(12, 15)
+VALUES_AT, FACTOR = 12, 13
+
+# Numbers of a row of terms: a table's, or the sixteen of a roofline
+FIELDS = 16
 
 (
     TOKENS, REQUESTS, PREFILL_TOKENS, PREFILL_REQUESTS, PREFILL_CONTEXT, PREFILL_CHUNK, DECODE_REQUESTS, DECODE_CONTEXT,
     MEAN_DECODE_CONTEXT,
 ) = range(len(AXES))  # fmt: skip
 _INTERPOLATED, UP, NEAREST = range(len(LOOKUPS))
+
+roofline = bare(roofline_rule.seconds)
 
 
 @bare
@@ -173,9 +179,19 @@ def of_decodes(formula, decoding, context):
 
 @bare
 def by_call(model, step, own):
-    """Seconds that a step takes where they come from tables, or from a rule of the user's own."""
+    """Seconds that a step takes where they come from tables, a roofline, or a rule of the user's own."""
     if model.formula.code == TABLE:
         seconds = from_tables(model.terms, model.grids, model.values, model.outside, step)
+    elif model.formula.code == ROOFLINE:
+        n = model.terms
+        numbers = (
+            n[0, 0], n[0, 1], n[0, 2], n[0, 3], n[0, 4], n[0, 5], n[0, 6], n[0, 7], n[0, 8], n[0, 9], n[0, 10],
+            n[0, 11], n[0, 12], n[0, 13], n[0, 14], n[0, 15],
+        )  # fmt: skip
+        seconds = roofline(
+            numbers, step.prefill_requests, step.prefill_tokens, step.prefill_attention, step.prefill_context,
+            step.decode_requests, step.decode_context,
+        )  # fmt: skip
     else:
         seconds = call_step_time(own, (step,))
     return seconds + model.formula.per_step
