@@ -12,7 +12,7 @@ from vecsim.kernel.roofline import seconds
 from vecsim.roofline import Numbers, RooflineStepTime
 
 IDEAL = {"compute_efficiency": 1, "bandwidth_efficiency": 1, "link_efficiency": 1, "link_latency": 0,
-         "step_overhead": 0, "layer_overhead": 0}  # fmt: skip
+         "step_overhead": 0, "layer_overhead": 0, "expert_overhead": 0}  # fmt: skip
 ENDLESS = 1e30
 
 
@@ -116,7 +116,7 @@ def test_tokens_touch_as_many_experts_as_chance_has_it():
 
 @pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x7b"])
 def test_two_gpus_halve_arithmetic_and_bytes_and_add_collectives(name):
-    fields = {"step_overhead": 0, "layer_overhead": 0, "link_latency": 5e-6}
+    fields = {"step_overhead": 0, "layer_overhead": 0, "expert_overhead": 0, "link_latency": 5e-6}
     one, two = (declared(name, tp=tp, **fields).coefficients() for tp in (1, 2))
     for field in ("matrix_compute", "matrix_weights", "expert_compute", "expert_weights", "head_weights", "kv_read",
                   "attention_compute", "decode_compute"):  # fmt: skip

@@ -1,5 +1,6 @@
 """A step's time from a model's architecture and a GPU's peaks: declaration, its numbers, and the rule."""
 
+import math
 from typing import Annotated, NamedTuple
 
 from vecsim.declaration import NonNegative, Range
@@ -61,11 +62,13 @@ class RooflineStepTime(StepTime, frozen=True, kw_only=True, tag=True):
     link_efficiency : float
         Share of the link's bandwidth that an all-reduce reaches.
     link_latency : float
-        Of an all-reduce [s].
+        Of an all-reduce, for each doubling of the GPUs [s].
     step_overhead : float
         Of every step: scheduling, preparing inputs, launching, sampling, as far as the GPU waits for it [s].
     layer_overhead : float
         Of every layer: gaps between its kernels, and their first and last waves [s].
+    expert_overhead : float
+        Of every layer with experts, beside: routing, sorting tokens by expert, and bringing them together again [s].
     request_overhead : float
         For each request of a step, in what the GPU waits for [s].
 
@@ -98,6 +101,7 @@ class RooflineStepTime(StepTime, frozen=True, kw_only=True, tag=True):
     link_latency: NonNegative = 8e-6
     step_overhead: NonNegative = 1e-3
     layer_overhead: NonNegative = 10e-6
+    expert_overhead: NonNegative = 30e-6
     request_overhead: NonNegative = 0.0
 
     code = ROOFLINE
@@ -132,10 +136,10 @@ class RooflineStepTime(StepTime, frozen=True, kw_only=True, tag=True):
         kv = model.kv_bytes_per_token(self.kv_dtype, tp)
         moved = WIDE * (norms + gates + layers * width) + kv
 
-        base = self.step_overhead + self.layer_overhead * layers
+        base = self.step_overhead + self.layer_overhead * layers + self.expert_overhead * model.expert_layers
         sent = gathered = 0.0
         if tp > 1:
-            base += self.link_latency * (2 * layers + 2)
+            base += self.link_latency * math.log2(tp) * (2 * layers + 2)
             link = self.gpu.link_bandwidth_among(tp) * self.link_efficiency
             sent = (2 * layers + 1) * WIDE * hidden * 2 * (tp - 1) / tp / link
             gathered = WIDE * model.vocab * (tp - 1) / tp / link
