@@ -15,6 +15,7 @@ from vecsim.batching import (
     TokenBudgetBatcher,
 )
 from vecsim.engine import Engine
+from vecsim.fits import Fit
 from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
 from vecsim.kv_cache import KVCache
@@ -64,6 +65,7 @@ __all__ = [
     "Distribution",
     "Empirical",
     "Engine",
+    "Fit",
     "GammaLoadGenerator",
     "IFBatcher",
     "IFBatcherWithOnePrefillOnly",

@@ -18,7 +18,10 @@ from vecsim.batching import (
 )
 from vecsim.declaration import Range, check, refuse_unknown, shown
 from vecsim.engine import Engine
+from vecsim.fits import Fit
 from vecsim.kv_cache import KVCache
+from vecsim.models import Model
+from vecsim.roofline import RooflineStepTime
 
 Release = Literal["0.6", "0.8", "0.10", "0.12", "0.14", "0.15", "0.16"]
 Policy = Literal["guaranteed_no_evict", "max_utilization"]
@@ -173,3 +176,36 @@ def fastertransformer(**fields: Any) -> Engine:
     Fields are as for `vllm`; `kv_blocks` counts blocks of 16 tokens.
     """
     return _engine("fastertransformer", {"max_batch_size": 128}, StaticBatcher(), KVCache(), fields)
+
+
+def fitted(fit: Fit | str = "vllm-0.15-h100", *, model: Model | str, tp: int = 1, **fields: Any) -> Engine:
+    """VLLM's server with the step times that were fitted to measured ones, for a model of any size.
+
+    Parameters
+    ----------
+    fit : Fit
+        Or its name, as in `Fit.names()`.
+    model : Model
+        Or its name, as in `Model.names()`.
+    tp : int
+        GPUs among which the model is shared out.
+    **fields
+        As for `vllm`; `load_generator` is needed. Unless it is given, KV memory is what the model leaves of the GPU's.
+
+    Returns
+    -------
+    Engine
+
+    Raises
+    ------
+    ValueError
+        When a name is unknown, the model doesn't fit the GPUs, or a field has a wrong value.
+    TypeError
+        When a field is unknown, or a needed one is missing.
+    """
+    fit = Fit.named(fit) if isinstance(fit, str) else fit
+    model = Model.named(model) if isinstance(model, str) else model
+    step_time = RooflineStepTime(model=model, tp=tp, **fit.fields())
+    if not {"kv_cache", "kv_blocks", "kv_tokens", "blocks"} & fields.keys():
+        fields["kv_blocks"] = KVCache.of(model, step_time.gpu, tp=tp).blocks
+    return vllm(**{"version": fit.version, "step_time": step_time, "overheads": fit.overheads, **fields})
