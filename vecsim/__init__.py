@@ -16,6 +16,7 @@ from vecsim.batching import (
 )
 from vecsim.engine import Engine
 from vecsim.fits import Fit
+from vecsim.fitting import Calibration, Measured, fit_step_time
 from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
 from vecsim.kv_cache import KVCache
@@ -57,6 +58,7 @@ __all__ = [
     "SLO",
     "BatchLoadGenerator",
     "Batcher",
+    "Calibration",
     "ChunkedPrefillBatcher",
     "ConcurrentLoadGenerator",
     "Constant",
@@ -74,6 +76,7 @@ __all__ = [
     "LoadGenerator",
     "LogNormal",
     "MaxUtilizationBatcher",
+    "Measured",
     "Model",
     "NoEvictBatcher",
     "Normal",
@@ -98,6 +101,7 @@ __all__ = [
     "TraceLoadGenerator",
     "Uniform",
     "Zipf",
+    "fit_step_time",
     "plot",
     "presets",
     "queue_growth",
