@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 from crossvalidate import cross_validate
+from draw import draw
 from measured import read_folder
 from replay import compare, replay
 from report import report
@@ -43,6 +44,7 @@ def main() -> int:
     if replays:
         text = report(replays, compared, refused)
         compared.to_csv(chosen.out / "validation.csv", index=False, float_format="%.6g")
+        draw(replays, compared, chosen.out)
     else:
         text = "".join(f"{file}: {reason}\n" for file, reason in refused.items())
     (chosen.out / "validation.md").write_text(text, encoding="utf-8")
