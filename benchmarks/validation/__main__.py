@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 from crossvalidate import cross_validate
 from draw import draw
 from measured import read_folder
@@ -39,10 +38,10 @@ def main() -> int:
     begin = time.perf_counter()
     replays = [replay(run, fit) for run in runs]
     took = time.perf_counter() - begin
-    compared = pd.concat([compare(replayed) for replayed in replays]) if replays else pd.DataFrame()
+    compared = compare(replays)
     chosen.out.mkdir(parents=True, exist_ok=True)
     if replays:
-        text = report(replays, compared, refused)
+        text = report(replays, compared, refused, fit)
         compared.to_csv(chosen.out / "validation.csv", index=False, float_format="%.6g")
         draw(replays, compared, chosen.out)
     else:

@@ -63,7 +63,7 @@ def predicted(run: MeasuredRun, found: sim.Calibration) -> sim.Engine:
 
 def errors(runs: Sequence[MeasuredRun], found: sim.Calibration) -> pd.DataFrame:
     """Errors of the means of whole runs with these constants [%]."""
-    return mean_errors(pd.concat([compare(replay(run, engine=predicted(run, found))) for run in runs]))
+    return mean_errors(compare(replay(run, engine=predicted(run, found)) for run in runs))
 
 
 def constants(found: dict[str, sim.Calibration | str]) -> str:

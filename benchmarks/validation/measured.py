@@ -97,16 +97,16 @@ def read_run(file: Path) -> MeasuredRun:
     if missing := [column for column in COLUMNS if column not in table]:
         raise ValueError(f"{csv.name} has no column {', '.join(missing)}")
     table = table.sort_values("arrival_us", kind="stable")
-    ok = table["ok"].to_numpy().astype(bool)
+    ok = (table["ok"].fillna(0).astype(bool) & table["ttft_us"].notna() & table["e2e_us"].notna()).to_numpy()
     if not ok.any():
         raise ValueError(f"{csv.name} has no request that succeeded")
     arrived_at = (table["arrival_us"].to_numpy() - table["arrival_us"].min()) * 1e-6
-    until_over = table["e2e_us"].to_numpy() * 1e-6
+    e2e = table["e2e_us"].to_numpy() * 1e-6
     output_tokens = needed(run, "workload.nominal_output_tokens", int)
     stage, stages = stages_of(run, arrived_at)
     precision = optional(run, "precision", str, "BF16")
     measured = MeasuredRun(
-        name=optional(run, "id", str, file.stem),
+        name=file.stem,
         profile=optional(run, "workload.profile", str, "-"),
         model=model_of(run),
         gpu=gpu_of(needed(run, "gpu", str)),
@@ -116,13 +116,13 @@ def read_run(file: Path) -> MeasuredRun:
         load=load_of(table, arrived_at, output_tokens, server["block_size"]),
         output_tokens=output_tokens,
         ttft=np.where(ok, table["ttft_us"].to_numpy() * 1e-6, np.nan),
-        e2e=np.where(ok, until_over, np.nan),
+        e2e=np.where(ok, e2e, np.nan),
         stage=stage,
         stages=stages,
         overloaded=optional(run, "outcome.overload", bool, False) or 1 - ok.mean() > MANY_FAILURES,
-        first_failure=float((arrived_at + until_over)[~ok].min()) if not ok.all() else np.inf,
+        first_failure=float((arrived_at + np.nan_to_num(e2e))[~ok].min(initial=np.inf)),
     )
-    measured.engine(sim.Fit.named("vllm-0.15-h100"))  # refuses what doesn't fit
+    measured.engine(sim.Fit.named("vllm-0.15-h100"))  # refuses a model that its GPUs can't share
     return measured
 
 
@@ -204,8 +204,8 @@ def gpu_of(text: str) -> str:
 def stages_of(run: dict[str, Any], arrived_at: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Each request's stage, and the stages' names: by how many requests were sent in each, else by time of arrival."""
     declared = [stage for stage in optional(run, "workload.stages", list, []) if isinstance(stage, dict)]
-    durations = [stage.get("duration", 0) for stage in declared]
-    rates = [stage.get("rate", 0) for stage in declared]
+    durations = [stage.get("duration") or 0 for stage in declared]
+    rates = [stage.get("rate") or 0 for stage in declared]
     seen = [stage for stage in optional(run, "measured.stages", list, []) if isinstance(stage, dict)]
     sent = [stage.get("sent") or 0 for stage in seen]
     planned = [round(duration * rate) for duration, rate in zip(durations, rates, strict=True)]
@@ -228,7 +228,7 @@ def stages_of(run: dict[str, Any], arrived_at: np.ndarray) -> tuple[np.ndarray, 
 
 def load_of(table: pd.DataFrame, arrived_at: np.ndarray, output_tokens: int, block_size: int) -> sim.TraceLoadGenerator:
     """The requests; those of one prompt have the same blocks."""
-    prompt, tokens = prompts(table["prompt_slot"].to_numpy(), table["input_tokens"].to_numpy())
+    prompt, tokens = prompts(table["prompt_slot"].to_numpy(), table["input_tokens"].fillna(0).to_numpy())
     counts = -(-tokens // block_size)
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return sim.TraceLoadGenerator(

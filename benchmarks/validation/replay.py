@@ -1,5 +1,6 @@
 """A measured run simulated, and the two compared."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,27 +75,26 @@ def statistic(values: np.ndarray, name: str) -> float:
     return float(values.mean() if name == "mean" else np.quantile(values, int(name[1:]) / 100))
 
 
-def compare(replayed: Replay) -> pd.DataFrame:
-    """Predicted and measured statistics of the whole run and each stage [ms], and errors [%]."""
+def compare(replays: Iterable[Replay]) -> pd.DataFrame:
+    """Predicted and measured statistics of the whole runs and each stage [ms], and errors [%]."""
+    columns = ["run", "stage", "requests", "latency", "statistic", "predicted", "measured", "error"]
+    return pd.DataFrame([row for replayed in replays for row in _rows(replayed)], columns=columns)
+
+
+def _rows(replayed: Replay) -> Iterable[tuple]:
     run = replayed.run
     predicted = latencies(replayed.ttft, replayed.e2e, run.output_tokens)
     measured = latencies(run.ttft, run.e2e, run.output_tokens)
     parts = {WHOLE: replayed.compared}
     if len(run.stages) > 1:
-        parts |= {
-            f"{index + 1}: {name}": replayed.compared & (run.stage == index) for index, name in enumerate(run.stages)
-        }
-    rows = []
+        names = (f"{index + 1}: {name}" for index, name in enumerate(run.stages))
+        parts |= {name: replayed.compared & (run.stage == index) for index, name in enumerate(names)}
     for part, inside in parts.items():
-        if not inside.any():
-            continue
         for latency, names in STATISTICS.items():
-            for name in names:
+            for name in names if inside.any() else ():
                 ours, theirs = (statistic(values[latency][inside], name) for values in (predicted, measured))
                 error = 100 * (ours / theirs - 1) if theirs else np.nan
-                rows.append((run.name, part, int(inside.sum()), latency, name, ours, theirs, error))
-    columns = ["run", "stage", "requests", "latency", "statistic", "predicted", "measured", "error"]
-    return pd.DataFrame(rows, columns=columns)
+                yield run.name, part, int(inside.sum()), latency, name, ours, theirs, error
 
 
 def beside(first_token_at: np.ndarray, completed_at: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from replay import STATISTICS, WHOLE, Replay
 
+import vecsim as sim
+
 LATENCIES = tuple(STATISTICS)
 
 
@@ -79,7 +81,7 @@ def yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def report(replays: Sequence[Replay], compared: pd.DataFrame, refused: dict[str, str]) -> str:
+def report(replays: Sequence[Replay], compared: pd.DataFrame, refused: dict[str, str], fit: sim.Fit) -> str:
     """Everything: errors, overloaded runs, what couldn't be read."""
     overloaded = [replayed for replayed in replays if replayed.run.overloaded]
     apart = compared.run.isin([replayed.run.name for replayed in overloaded])
@@ -88,6 +90,8 @@ def report(replays: Sequence[Replay], compared: pd.DataFrame, refused: dict[str,
         parts += ["## Means over whole runs\n", shares(mean_errors(compared[~apart]))]
     for replayed in replays:
         run, lost = replayed.run, int((replayed.run.compared & np.isnan(replayed.e2e)).sum())
+        if run.gpu != fit.gpu:
+            parts.append(f"{run.name}: measured on {run.gpu}, the constants were fitted on {fit.gpu}.\n")
         if lost:
             parts.append(f"{run.name}: {lost:,} requests are longer than the simulated server takes; left out.\n")
         if not run.overloaded and replayed.queues().grows.any():
