@@ -226,9 +226,7 @@ def stages_of(run: dict[str, Any], arrived_at: np.ndarray) -> tuple[np.ndarray, 
     return stage, names
 
 
-def load_of(
-    table: pd.DataFrame, arrived_at: np.ndarray, output_tokens: int, block_size: int
-) -> sim.TraceLoadGenerator:
+def load_of(table: pd.DataFrame, arrived_at: np.ndarray, output_tokens: int, block_size: int) -> sim.TraceLoadGenerator:
     """The requests; those of one prompt have the same blocks."""
     prompt, tokens = prompts(table["prompt_slot"].to_numpy(), table["input_tokens"].to_numpy())
     counts = -(-tokens // block_size)

@@ -41,7 +41,8 @@ def details(compared: pd.DataFrame) -> str:
             by_name = values.set_index("statistic")
             cells = (by_name.loc[name, ["predicted", "measured", "error"]] for name in names)
             rows.append([run, stage, *(f"{shown(ours)} / {shown(theirs)} ({e:+.1f})" for ours, theirs, e in cells)])
-        parts.append(f"### {latency} [ms]: predicted / measured (error in %)\n\n" + table(["run", "stage", *names], rows))
+        title = f"### {latency} [ms]: predicted / measured (error in %)\n\n"
+        parts.append(title + table(["run", "stage", *names], rows))
     return "\n".join(parts)
 
 
@@ -58,8 +59,9 @@ def queues(replays: Sequence[Replay]) -> str:
         failed = int(np.isnan(run.e2e).sum())
         until = f"over before {run.first_failure:,.0f} s" if np.isfinite(run.first_failure) else "that succeeded"
         compared = f"{int(replayed.compared.sum()):,} {until}"
+        lost = f"{failed:,} of {run.e2e.size:,}"
         rows += [
-            [run.name, q.stage, f"{failed:,} of {run.e2e.size:,}", f"{q.middle:,}", f"{q.end:,}", yes(q.grows), compared]
+            [run.name, q.stage, lost, f"{q.middle:,}", f"{q.end:,}", yes(q.grows), compared]
             for q in replayed.queues().itertuples()
         ]
     header = ["run", "stage", "failed", "waiting in the middle, predicted", "at the end", "grows", "requests compared"]
