@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from crossvalidate import cross_validate
 from measured import read_folder
 from replay import compare, replay
 from report import report
@@ -32,6 +33,8 @@ def main() -> int:
     if not runs and not refused:
         parser.error(f"there is no measured run (*.json) in {folder}")
     fit = sim.Fit.named(chosen.name)
+    for run in runs[:1]:
+        replay(run, fit)  # compiles or loads the kernels
     begin = time.perf_counter()
     replays = [replay(run, fit) for run in runs]
     took = time.perf_counter() - begin
@@ -46,7 +49,11 @@ def main() -> int:
     print(text)
     for file, reason in refused.items():
         print(f"not read: {file}: {reason}", file=sys.stderr)
-    print(f"{len(runs)} runs replayed in {took:.2f} s; tables in {chosen.out}", file=sys.stderr)
+    print(f"{len(runs)} runs replayed in {took:.2f} s; tables and pictures in {chosen.out}", file=sys.stderr)
+    if chosen.fit and (fitted := [run for run in runs if not run.overloaded]):
+        text = cross_validate(fitted)
+        (chosen.out / "fit.md").write_text(text, encoding="utf-8")
+        print(text)
     return 0 if replays else 1
 
 

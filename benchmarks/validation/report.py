@@ -21,14 +21,13 @@ def mean_errors(compared: pd.DataFrame) -> pd.DataFrame:
     return means.pivot_table(index="run", columns="latency", values="error", sort=False)[list(LATENCIES)]
 
 
-def summary(compared: pd.DataFrame) -> str:
-    """Errors of the means by run, and the medians of their absolute values."""
-    errors = mean_errors(compared)
-    requests = compared[compared.stage == WHOLE].groupby("run").requests.first()
-    rows = [[name, f"{requests[name]:,}", *(f"{error:+.1f}" for error in row)] for name, row in errors.iterrows()]
-    rows.append(["**median of absolute values**", "", *(f"**{value:.1f}**" for value in errors.abs().median())])
-    rows.append(["largest absolute value", "", *(f"{value:.1f}" for value in errors.abs().max())])
-    return table(["run", "requests", *(f"{latency} mean, error %" for latency in LATENCIES)], rows)
+def shares(errors: pd.DataFrame, of: str = "run") -> str:
+    """Errors by run [%], and the medians of their absolute values."""
+    rows = [[name, *(f"{error:+.1f}" for error in row)] for name, row in errors.iterrows()]
+    if len(errors) > 1:
+        rows.append(["**median of absolute values**", *(f"**{value:.1f}**" for value in errors.abs().median())])
+        rows.append(["largest absolute value", *(f"{value:.1f}" for value in errors.abs().max())])
+    return table([of, *(f"{latency} mean, error %" for latency in errors.columns)], rows)
 
 
 def details(compared: pd.DataFrame) -> str:
@@ -41,8 +40,9 @@ def details(compared: pd.DataFrame) -> str:
             by_name = values.set_index("statistic")
             cells = (by_name.loc[name, ["predicted", "measured", "error"]] for name in names)
             rows.append([run, stage, *(f"{shown(ours)} / {shown(theirs)} ({e:+.1f})" for ours, theirs, e in cells)])
-        title = f"### {latency} [ms]: predicted / measured (error in %)\n\n"
-        parts.append(title + table(["run", "stage", *names], rows))
+        parts.append(
+            f"### {latency} [ms]: predicted / measured (error in %)\n\n" + table(["run", "stage", *names], rows)
+        )
     return "\n".join(parts)
 
 
@@ -59,9 +59,16 @@ def queues(replays: Sequence[Replay]) -> str:
         failed = int(np.isnan(run.e2e).sum())
         until = f"over before {run.first_failure:,.0f} s" if np.isfinite(run.first_failure) else "that succeeded"
         compared = f"{int(replayed.compared.sum()):,} {until}"
-        lost = f"{failed:,} of {run.e2e.size:,}"
         rows += [
-            [run.name, q.stage, lost, f"{q.middle:,}", f"{q.end:,}", yes(q.grows), compared]
+            [
+                run.name,
+                q.stage,
+                f"{failed:,} of {run.e2e.size:,}",
+                f"{q.middle:,}",
+                f"{q.end:,}",
+                yes(q.grows),
+                compared,
+            ]
             for q in replayed.queues().itertuples()
         ]
     header = ["run", "stage", "failed", "waiting in the middle, predicted", "at the end", "grows", "requests compared"]
@@ -78,7 +85,7 @@ def report(replays: Sequence[Replay], compared: pd.DataFrame, refused: dict[str,
     apart = compared.run.isin([replayed.run.name for replayed in overloaded])
     parts = ["# Measured servers and simulated ones\n"]
     if not apart.all():
-        parts += ["## Means over whole runs\n", summary(compared[~apart])]
+        parts += ["## Means over whole runs\n", shares(mean_errors(compared[~apart]))]
     for replayed in replays:
         run, lost = replayed.run, int((replayed.run.compared & np.isnan(replayed.e2e)).sum())
         if lost:
@@ -93,16 +100,10 @@ def report(replays: Sequence[Replay], compared: pd.DataFrame, refused: dict[str,
             queues(overloaded),
         ]
         if apart.any():
-            parts.append(summary_of_overloaded(compared[apart]))
+            parts.append(shares(mean_errors(compared[apart])))
     if not compared.empty:
         parts += ["## By stage\n", details(compared)]
     if refused:
         parts.append("## Not read\n")
         parts.append(table(["file", "reason"], list(refused.items())))
     return "\n".join(parts)
-
-
-def summary_of_overloaded(compared: pd.DataFrame) -> str:
-    """Errors of the means, without medians."""
-    rows = [[name, *(f"{error:+.1f}" for error in row)] for name, row in mean_errors(compared).iterrows()]
-    return table(["run", *(f"{latency} mean, error %" for latency in LATENCIES)], rows)
