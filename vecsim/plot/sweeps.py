@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 VARIABLES = ("token_throughput", "ttft")
 SLO_VARIABLES = (*VARIABLES, "goodput")  # where there are limits
+LINEAR = ("goodput", "slo_attainment")  # whose fall to nothing would fill a logarithmic scale
 MOST_MAPS = 4  # side by side, or rows of lines
 MOST_TICKS = 12
 MOST_CHARACTERS = 40  # of tick labels below a map
@@ -190,7 +191,7 @@ def heat_map(
     figure = Picture(figsize=(2.2 + 3.6 * len(columns), 3.3 * len(variables) + 0.6), layout="constrained")
     panels = figure.subplots(len(variables), len(columns), squeeze=False, sharex=True, sharey=True)
     for row, (array, name) in zip(panels, [pick(drawn, name, stat) for name in variables], strict=True):
-        norm = norm_of(median(array).values)
+        norm = norm_of(median(array).values, linear=array.name in LINEAR)
         for axis, place, text in zip(row, columns, names, strict=True):
             values = median(array.isel(place)).transpose(across, along).values
             right, up = positions(drawn[x].values), positions(drawn[y].values)
@@ -229,7 +230,7 @@ def finish_panel(axis: "Axes", array: "xr.DataArray", name: str, x: "xr.DataArra
     axis.grid(alpha=0.3)
     if array.isnull().all():
         axis.text(0.5, 0.5, f"no value of {array.name}", ha="center", transform=axis.transAxes)
-    elif spans_decades(array.values) and array.name != "goodput":  # whose fall to nothing would fill the panel
+    elif spans_decades(array.values) and array.name not in LINEAR:
         axis.set_yscale("log")
     else:
         axis.set_ylim(bottom=min(0.0, float(array.min())))
@@ -316,14 +317,14 @@ def is_geometric(values: Array) -> bool:
     return bool(ratios.max() < 1.25 * ratios.min() and gaps[-1] > 3 * gaps[0])
 
 
-def norm_of(values: Array) -> Any:
-    """The scale of colours, logarithmic for values that span decades."""
+def norm_of(values: Array, linear: bool = False) -> Any:
+    """The scale of colours, logarithmic for values that span decades unless it must be linear."""
     from matplotlib.colors import LogNorm, Normalize
 
     some = values[np.isfinite(values)]
     if some.size == 0 or some.min() == some.max():
         return Normalize(min(0.0, *some[:1]), max(1.0, *some[:1]))
-    return (LogNorm if spans_decades(values) else Normalize)(some.min(), some.max())
+    return (LogNorm if spans_decades(values) and not linear else Normalize)(some.min(), some.max())
 
 
 def positions(values: Array) -> Array:
