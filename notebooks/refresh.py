@@ -13,10 +13,10 @@ from PIL import Image
 
 
 def small(picture: str) -> str:
-    """A PNG of 48 colours, base64 like the one given."""
+    """A PNG of 96 colours, base64 like the one given."""
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     buffer = io.BytesIO()
-    image.quantize(48, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    image.quantize(96, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

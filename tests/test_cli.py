@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+import vecsim as sim
 from vecsim.sweep.__main__ import main
 from vecsim.sweep.spec import parse_values, read_spec, ready_made
 
@@ -264,6 +265,50 @@ def test_words_and_truths_are_axes_in_a_spec_and_on_the_command_line(tmp_path):
             assert ds.async_scheduling.values.tolist() == ["False", "True"]
     batchers = parse_values("TokenBudgetBatcher(order=shortest_prompt, async_scheduling=true),IFBatcher")
     assert (batchers[0].order, batchers[0].async_scheduling) == ("shortest_prompt", True)
+
+
+FITTED = """
+time_limit = 60
+fit = "vllm-0.15-h100"
+[engine]
+step_time = { model = "qwen3-8b", tp = 2, step_overhead = 2e-3 }
+[engine.load_generator]
+type = "PoissonLoadGenerator"
+prompt_tokens = 100
+output_tokens = 10
+[axes]
+model = ["llama-3.1-8b", "qwen3-14b"]
+"""
+
+
+def test_a_spec_names_a_fitted_set_models_and_gpus(tmp_path):
+    (tmp_path / "mine.toml").write_text(FITTED)
+    step_time = read_spec(str(tmp_path / "mine.toml")).engine.step_time
+    fit = sim.Fit.named("vllm-0.15-h100").fields() | {"step_overhead": 2e-3}
+    assert step_time == sim.RooflineStepTime(model="qwen3-8b", tp=2, **fit)
+    done = cli(tmp_path, "mine.toml", "--set", "gpu=h100,h200", "-o", "mine.nc")
+    assert done.returncode == 0, done.stderr
+    with xr.open_dataset(tmp_path / "mine.nc") as ds:
+        assert ds.model.values.tolist() == ["llama-3.1-8b", "qwen3-14b"]
+        assert ds.gpu.values.tolist() == ["h100", "h200"]
+    for wrong, message in (
+        (FITTED.replace("0.15", "0.99"), "mine.toml: no Fit is named 'vllm-0.99-h100'; did you mean vllm-0.15-h100"),
+        (FITTED.replace("qwen3-8b", "qwen3-9b"), "mine.toml: engine.step_time.model: no Model is named 'qwen3-9b'"),
+    ):
+        (tmp_path / "mine.toml").write_text(wrong)
+        done = cli(tmp_path, "mine.toml")
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_the_servers_on_an_h100_are_those_of_the_fit_and_their_memory_that_of_their_models():
+    spec = read_spec("vllm-h100")
+    preset = sim.presets.fitted(model="llama-3.1-8b", load_generator=spec.engine.load_generator)
+    assert spec.engine.step_time == preset.step_time
+    assert spec.engine.overheads == preset.overheads
+    blocks = dict(zip(spec.zip["model"]["model"], spec.zip["model"]["blocks"], strict=True))
+    assert blocks == {name: sim.KVCache.of(name, "h100").blocks for name in blocks}
+    assert spec.engine.kv_cache.blocks == blocks[spec.engine.step_time.model.name]
 
 
 def test_queue_growth_prints_the_published_table(tmp_path):

@@ -44,12 +44,20 @@ def test_other_loads_and_more_axes_are_drawn_too():
     engine = sim.Engine(load_generator=sim.ConcurrentLoadGenerator(target_output_len_tokens=8))
     ds = sim.sweep(
         engine, 200, progress=False, target_concurrency=[1, 4, 16], batcher=BATCHERS, total_prefill_chunks=[1, 2],
-        prefill_time=[1, 3],
+        prefill_time=[1, 3], itl=[1, 2],
     )  # fmt: skip
     figure = plot.sweep(ds)
     assert figure.axes[0].get_xlabel() == "target concurrency [requests]"
-    assert "prefill_time=1" in figure.get_suptitle()
-    assert len(figure.axes[0].lines) == 6
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["prefill time: 1", "", "prefill time: 3", ""]
+    assert figure.axes[1].lines[0].get_ydata().max() < figure.axes[3].lines[0].get_ydata().max()
+    assert "load_generator.itl=1" in figure.get_suptitle()
+    assert all(len(axis.lines) == 6 for axis in figure.axes)
+
+
+def test_loads_that_grow_by_multiples_are_drawn_on_a_logarithmic_scale():
+    for rates, scale in (([0.01, 0.03, 0.1, 0.3], "log"), (np.linspace(0.05, 0.6, 56), "linear")):
+        figure = plot.sweep(sim.sweep(ENGINE, 100, progress=False, request_rate=rates))
+        assert {axis.get_xscale() for axis in figure.axes} == {scale}
 
 
 def test_a_shared_dimension_is_drawn_along_the_load_and_named_by_its_axes_elsewhere():

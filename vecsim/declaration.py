@@ -263,12 +263,32 @@ def to_plain(declaration: Declaration) -> dict[str, Any]:
 
 def from_plain(data: Any, kind: Any) -> Any:
     """A declaration from nested dicts; errors say at which key."""
+    data = _spelt_out(data, kind)
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         path = path.rstrip("`").lstrip(".")
         raise ValueError((f"{path}: {message}" if path else message) + _hint(message, path, data, kind)) from None
+
+
+def _spelt_out(data: Any, kind: Any, path: str = "") -> Any:
+    """Nested dicts in which the fields of a declaration stand for its name, where there are such names."""
+    if isinstance(data, str):
+        for own in _of_type(_kinds(kind)[0], None):
+            try:
+                made = own.standing_for(data)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            if made is not None:
+                return to_plain(made)
+    if not isinstance(data, dict):
+        return data
+    hints = {name: hint for own in _of_type(_kinds(kind)[0], data) for name, hint in _hints(own).items()}
+    return {
+        key: _spelt_out(value, hints[key], f"{path}.{key}".lstrip(".")) if key in hints else value
+        for key, value in data.items()
+    }
 
 
 def tagged() -> dict[str, type[Declaration]]:
@@ -397,8 +417,14 @@ def _plain_number(value: Any, whole: bool) -> float | int | None:
 @functools.cache
 def _checks(cls: type[Declaration]) -> list[tuple[str, tuple[Any, ...], Range | None]]:
     """(field, types, range) of each field, read from the annotations."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     return [(name, *_kinds(hints[name])) for name in cls.__struct_fields__]
+
+
+@functools.cache
+def _hints(cls: type[Declaration]) -> dict[str, Any]:
+    """Annotations of the fields."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _kinds(hint: Any) -> tuple[tuple[Any, ...], Range | None]:

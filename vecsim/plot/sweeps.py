@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 VARIABLES = ("token_throughput", "ttft")
 SLO_VARIABLES = (*VARIABLES, "goodput")  # where there are limits
-MOST_MAPS = 4  # side by side
+LINEAR = ("goodput", "slo_attainment")  # whose fall to nothing would fill a logarithmic scale
+MOST_MAPS = 4  # side by side, or rows of lines
 MOST_TICKS = 12
 MOST_CHARACTERS = 40  # of tick labels below a map
 
@@ -73,7 +74,8 @@ def lines(
     -------
     matplotlib.figure.Figure
         The first other axis tells the colour, the second the kind of line, of each at most seven values, spread
-        evenly; of any more axes the first value is drawn. The title says what was left out.
+        evenly; a third gives rows, at most four. Of any more axes the first value is drawn. The title says what was
+        left out.
 
     Raises
     ------
@@ -88,40 +90,35 @@ def lines(
         check_coord(dataset, "x", x)
     along = str(dataset[x].dims[0]) if x is not None else None
     dims = other_dims(dataset, along)
-    shown, rest = dims[:2], dims[2:]
+    shown, below, rest = dims[:2], dims[2:3], dims[3:]
     notes = [f"{dim}={texts(dataset, dim)[0]}" for dim in rest if dataset.sizes[dim] > 1]
     drawn = dataset.isel(dict.fromkeys(rest, 0))
     for dim in shown:
         drawn = thin(drawn, dim, len(COLOURS), notes)
+    for dim in below:
+        drawn = thin(drawn, dim, MOST_MAPS, notes)
+    rows = [({dim: i}, f"{dim.replace('_', ' ')}: {text}") for dim in below for i, text in enumerate(texts(drawn, dim))]
     if x is not None:
         drawn = in_order(drawn, x)
         notes += partners(dataset, x)
 
-    figure = Picture(figsize=(5.5 * len(variables), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(variables), squeeze=False)[0]
-    for axis, (array, name) in zip(panels, [pick(drawn, name, stat) for name in variables], strict=True):
-        for number, index in enumerate(np.ndindex(tuple(drawn.sizes[dim] for dim in shown))):
-            style: dict[str, Any] = {"color": COLOURS[index[0]] if index else COLOURS[0]}
-            style["linestyle"] = DASHES[index[1]] if len(index) > 1 else "-"
-            # The first lines are the widest, so that those drawn over them hide none.
-            style["linewidth"] = 1.5 + 0.4 * (drawn.sizes[shown[0]] - 1 - index[0]) if index else 1.5
-            place = dict(zip(shown, index, strict=True))
-            if along is not None:
-                draw_line(axis, drawn[x].values, array.isel(place), along, style)
-            else:
-                draw_point(axis, number, array, place)
-        if x is not None:
-            axis.set_xlabel(label(dataset[x]))
-        else:
-            axis.set_xticks([])
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-        if array.isnull().all():
-            axis.text(0.5, 0.5, f"no value of {array.name}", ha="center", transform=axis.transAxes)
-        elif spans_decades(array.values) and array.name != "goodput":  # whose fall to nothing would fill the panel
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(bottom=min(0.0, float(array.min())))
+    height = 4.6 if len(rows) < 2 else 3.4 * len(rows) + 0.4
+    figure = Picture(figsize=(5.5 * len(variables), height), layout="constrained")
+    panels = figure.subplots(max(1, len(rows)), len(variables), squeeze=False)
+    for (row, text), line in zip(rows or [({}, "")], panels, strict=True):
+        for axis, (array, name) in zip(line, [pick(drawn.isel(row), name, stat) for name in variables], strict=True):
+            for number, index in enumerate(np.ndindex(tuple(drawn.sizes[dim] for dim in shown))):
+                style: dict[str, Any] = {"color": COLOURS[index[0]] if index else COLOURS[0]}
+                style["linestyle"] = DASHES[index[1]] if len(index) > 1 else "-"
+                # The first lines are the widest, so that those drawn over them hide none.
+                style["linewidth"] = 1.5 + 0.4 * (drawn.sizes[shown[0]] - 1 - index[0]) if index else 1.5
+                place = dict(zip(shown, index, strict=True))
+                if along is not None:
+                    draw_line(axis, drawn[x].values, array.isel(place), along, style)
+                else:
+                    draw_point(axis, number, array, place)
+            finish_panel(axis, array, name, drawn[x] if x is not None else None)
+        line[0].set_title(text, loc="left", fontsize="medium")
     draw_legend(figure, drawn, shown, is_lines=along is not None)
     title = [run_time(dataset)]
     if dataset.sizes.get("seed", 1) > 1:
@@ -194,7 +191,7 @@ def heat_map(
     figure = Picture(figsize=(2.2 + 3.6 * len(columns), 3.3 * len(variables) + 0.6), layout="constrained")
     panels = figure.subplots(len(variables), len(columns), squeeze=False, sharex=True, sharey=True)
     for row, (array, name) in zip(panels, [pick(drawn, name, stat) for name in variables], strict=True):
-        norm = norm_of(median(array).values)
+        norm = norm_of(median(array).values, linear=array.name in LINEAR)
         for axis, place, text in zip(row, columns, names, strict=True):
             values = median(array.isel(place)).transpose(across, along).values
             right, up = positions(drawn[x].values), positions(drawn[y].values)
@@ -214,6 +211,29 @@ def heat_map(
         title[0] += f"; medians of {dataset.sizes['seed']} seeds"
     figure.suptitle("; ".join(title + notes), fontsize="medium")
     return figure
+
+
+def finish_panel(axis: "Axes", array: "xr.DataArray", name: str, x: "xr.DataArray | None") -> None:
+    """Name the axes of a panel of lines, and choose their scales."""
+    from matplotlib.ticker import LogLocator
+
+    if x is None:
+        axis.set_xticks([])
+    else:
+        axis.set_xlabel(label(x))
+        if is_geometric(x.values) and not array.isnull().all():
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
+    axis.set_ylabel(name)
+    axis.grid(alpha=0.3)
+    if array.isnull().all():
+        axis.text(0.5, 0.5, f"no value of {array.name}", ha="center", transform=axis.transAxes)
+    elif spans_decades(array.values) and array.name not in LINEAR:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=min(0.0, float(array.min())))
 
 
 def numeric_dims(dataset: "xr.Dataset", but: str | None) -> list[str]:
@@ -289,14 +309,22 @@ def spans_decades(values: Array) -> bool:
     return some.size > 0 and some.min() > 0 and some.max() > 30 * some.min()
 
 
-def norm_of(values: Array) -> Any:
-    """The scale of colours, logarithmic for values that span decades."""
+def is_geometric(values: Array) -> bool:
+    """Whether positive numbers span a decade, each about the same multiple of the one before it."""
+    if values.dtype.kind not in "iuf" or values.size < 4 or values[0] <= 0 or values[-1] <= 10 * values[0]:
+        return False
+    ratios, gaps = values[1:] / values[:-1], np.diff(values)
+    return bool(ratios.max() < 1.25 * ratios.min() and gaps[-1] > 3 * gaps[0])
+
+
+def norm_of(values: Array, linear: bool = False) -> Any:
+    """The scale of colours, logarithmic for values that span decades unless it must be linear."""
     from matplotlib.colors import LogNorm, Normalize
 
     some = values[np.isfinite(values)]
     if some.size == 0 or some.min() == some.max():
         return Normalize(min(0.0, *some[:1]), max(1.0, *some[:1]))
-    return (LogNorm if spans_decades(values) else Normalize)(some.min(), some.max())
+    return (LogNorm if spans_decades(values) and not linear else Normalize)(some.min(), some.max())
 
 
 def positions(values: Array) -> Array:

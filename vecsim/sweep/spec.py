@@ -9,8 +9,11 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, _checks, from_plain, suggestion, tagged
+from vecsim.declaration import Declaration, _checks, from_plain, suggestion, tagged, to_plain
 from vecsim.engine import Engine
+from vecsim.fits import Fit
+from vecsim.gpus import GPU
+from vecsim.models import Model
 from vecsim.own import RULE_NAME
 
 # So many values in one range are a slip, not a sweep.
@@ -26,6 +29,8 @@ class Spec(Declaration, frozen=True, kw_only=True):
     ----------
     description : str
         One line for `--help`.
+    fit : str, optional
+        Name of a fitted set, as in `Fit.names()`: what the engine's step time and overheads don't tell is of it.
     engine : Engine
         What is varied.
     time_limit, warmup : float
@@ -39,6 +44,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
     """
 
     description: str = ""
+    fit: str | None = None
     engine: Engine
     time_limit: float = 10_000.0
     warmup: float = 0.0
@@ -99,9 +105,18 @@ def read_spec(name: str) -> Spec:
         except (UnicodeDecodeError, OSError) as error:
             raise ValueError(f"{name} can't be read as text: {error}") from None
     try:
-        return from_plain(tomllib.loads(text), Spec)
+        return from_plain(_with_fit(tomllib.loads(text)), Spec)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _with_fit(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec in which the fitted set that it names, if it does, stands beside what the engine has already."""
+    if "fit" not in spec:
+        return spec
+    fit, engine = Fit.named(spec["fit"]), spec.get("engine", {})
+    usual = {"step_time": {"type": "RooflineStepTime", **fit.fields()}, "overheads": to_plain(fit.overheads)}
+    return {**spec, "engine": engine | {name: fields | engine.get(name, {}) for name, fields in usual.items()}}
 
 
 def parse_values(text: str) -> Any:
@@ -109,8 +124,8 @@ def parse_values(text: str) -> Any:
 
     `0.1:0.6:6` is six evenly spaced numbers, both ends included; `0..31` are whole numbers, both ends included;
     `a,b,c` is a list; anything else is one value, which pins the field. A value is a number, `true` or `false`, a word
-    that some field takes, such as `fcfs`, a declaration, such as `IFBatcher` or `LogNormal(mean=10, std=5)`, or
-    `module:name`, a batcher's rule of one's own.
+    that some field takes, such as `fcfs` or `llama-3.1-8b`, a declaration, such as `IFBatcher` or
+    `LogNormal(mean=10, std=5)`, or `module:name`, a batcher's rule of one's own.
 
     Raises
     ------
@@ -174,9 +189,10 @@ def parse_value(text: str) -> Any:
 
 @functools.cache
 def words() -> frozenset[str]:
-    """All words that a field of some declaration may be, such as `fcfs`."""
+    """All words that a field of some declaration may be, such as `fcfs`, names of models and GPUs among them."""
     kinds = [kind for declaration in tagged().values() for _, kinds, _ in _checks(declaration) for kind in kinds]
-    return frozenset(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+    literals = (word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+    return frozenset((*literals, *Model.names(), *GPU.names()))
 
 
 def _declaration(name: str | None) -> Any:
