@@ -267,3 +267,18 @@ def test_blocks_grow_with_memory_and_shrink_with_their_size():
     assert blocks(block_size=32) == blocks() // 2
     assert blocks(kv_dtype="fp8") in (2 * blocks(), 2 * blocks() + 1)
     assert blocks(max_num_batched_tokens=16384) < blocks()
+
+
+def test_a_fitted_engine_has_the_memory_that_its_own_largest_step_leaves():
+    load = sim.PoissonLoadGenerator(request_rate=1, prompt_tokens=10, output_tokens=2)
+    for own in ({}, {"max_num_batched_tokens": 2048, "max_batch_size": 128, "block_size": 32}):
+        engine = sim.presets.fitted(model="llama-3.1-8b", load_generator=load, **own)
+        assert engine.kv_cache == sim.KVCache.of(
+            "llama-3.1-8b",
+            "h100",
+            block_size=engine.kv_cache.block_size,
+            prefix_caching=True,
+            max_num_batched_tokens=engine.batcher.max_num_batched_tokens,
+            max_num_seqs=engine.max_batch_size,
+        )
+    assert sim.presets.fitted(model="llama-3.1-8b", load_generator=load, kv_blocks=7).kv_cache.blocks == 7

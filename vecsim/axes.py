@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, Range, _checks, check, shown, suggestion
+from vecsim.declaration import Declaration, Range, check, checks, shown, suggestion
 from vecsim.kernel.state import Array
 from vecsim.memory import require_results
 from vecsim.variables import (
@@ -131,8 +131,8 @@ def differing_fields(declarations: Sequence[Declaration]) -> list[str]:
     return texts
 
 
-def find(name: str, declaration: Declaration) -> str:
-    """The path of the one field that a name means.
+def find(name: str, declaration: Declaration, what: str = "axis") -> str:
+    """The path of the one field that a name means; errors call the name `what`.
 
     Raises
     ------
@@ -146,9 +146,9 @@ def find(name: str, declaration: Declaration) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"axis {name!r} is ambiguous: write one of {', '.join(found)}")
+        raise ValueError(f"{what} {name!r} is ambiguous: write one of {', '.join(found)}")
     hint = suggestion(name, [*paths, *(path.rpartition(".")[2] for path in paths)])
-    raise ValueError(f"unknown axis {name!r}{hint or ': fields are ' + ', '.join(paths)}")
+    raise ValueError(f"unknown {what} {name!r}{hint or ': fields are ' + ', '.join(paths)}")
 
 
 def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
@@ -315,7 +315,7 @@ def _checked(path: str, values: Array, specimens: Any) -> Array:
             owner = getattr(owner, part)
         owners[type(owner)] = owner
     for owner_type in owners:
-        kinds, allowed = next((kinds, allowed) for field, kinds, allowed in _checks(owner_type) if field == name)
+        kinds, allowed = next((kinds, allowed) for field, kinds, allowed in checks(owner_type) if field == name)
         if values.dtype.kind in "iuf":
             whole = float not in kinds
             wrong = _wrong(values, whole, allowed)

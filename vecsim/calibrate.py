@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from vecsim import presets
@@ -21,6 +22,8 @@ from vecsim.load import TraceLoadGenerator, read_trace
 from vecsim.models import Model
 from vecsim.overheads import Overheads
 from vecsim.step_time import LinearStepTime
+from vecsim.sweep.files import PICTURES, check_output, write_whole
+from vecsim.sweep.spec import read_changes
 
 COLUMNS = ("arrived_at", "prompt_tokens", "output_tokens", "ttft", "e2e")
 
@@ -60,7 +63,7 @@ def read_measured(path: str | Path) -> tuple[TraceLoadGenerator, Measured]:
                 for name, value in values.items():
                     rows[name].append(value)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} can't be read: {error}") from None
+        raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
     if not rows["arrived_at"]:
         raise ValueError(f"{path}: no request in it")
     return read_trace(path, "csv"), Measured(ttft=rows["ttft"], e2e=rows["e2e"])
@@ -139,8 +142,6 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> Calibration:
     """Check everything that can be checked, fit, print, then write."""
-    from vecsim.sweep.files import PICTURES, check_output, write_whole
-
     if options.output is not None:
         check_output(options.output, (".toml",), options.force)
     if options.plot is not None:
@@ -175,19 +176,10 @@ def server(options: argparse.Namespace, load: TraceLoadGenerator) -> Engine:
         if model.endswith(".json"):
             model = Model.from_config(model)
         begin = Fit.named("vllm-0.15-h100")
-        fit = Fit(
-            name="begin", version=options.version, gpu=options.gpu, step_time=begin.step_time, overheads=begin.overheads
-        )
+        fit = msgspec.structs.replace(begin, version=options.version, gpu=options.gpu)
         engine = presets.fitted(fit, model=model, tp=options.tp, **fields)
-    from vecsim.sweep.spec import parse_value
-
-    changes = {}
-    for change in options.changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, got {change!r}")
-        changes[find(name.strip(), engine)] = parse_value(text.strip())
-    return replace_all(engine, changes)
+    changes = read_changes(options.changes)
+    return replace_all(engine, {find(name, engine, "field"): value for name, value in changes.items()})
 
 
 def picture(engine: Engine, measured: Measured) -> Any:

@@ -87,7 +87,7 @@ class Declaration(msgspec.Struct, metaclass=Declared, frozen=True, kw_only=True,
     """
 
     def __post_init__(self) -> None:
-        for name, kinds, allowed in _checks(type(self)):
+        for name, kinds, allowed in checks(type(self)):
             value = getattr(self, name)
             checked = check(name, value, kinds, allowed)
             if checked is not value:
@@ -332,7 +332,7 @@ def _kinds_at(path: str, data: Any, kind: Any, any_type: bool = False) -> list[t
             data = data[int(key)]
         else:
             found = _of_type(kinds, data)
-            kinds = tuple(own for kind in found for name, owns, _ in _checks(kind) if name == key for own in owns)
+            kinds = tuple(own for kind in found for name, owns, _ in checks(kind) if name == key for own in owns)
             data = data[key]
     return _of_type(kinds, None if any_type else data)
 
@@ -415,7 +415,7 @@ def _plain_number(value: Any, whole: bool) -> float | int | None:
 
 
 @functools.cache
-def _checks(cls: type[Declaration]) -> list[tuple[str, tuple[Any, ...], Range | None]]:
+def checks(cls: type[Declaration]) -> list[tuple[str, tuple[Any, ...], Range | None]]:
     """(field, types, range) of each field, read from the annotations."""
     hints = _hints(cls)
     return [(name, *_kinds(hints[name])) for name in cls.__struct_fields__]

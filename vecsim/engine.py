@@ -71,10 +71,6 @@ class Engine(Declaration, frozen=True, kw_only=True):
             if self.batcher.needs_budget and budget is not None:
                 check_budget(budget, self.max_batch_size)
             self._check_memory()
-            if isinstance(self.step_time, PolynomialStepTime) and (
-                self.kv_cache is None or self.kv_cache.blocks is None
-            ):
-                raise ValueError("kv_cache must have a number of blocks: PolynomialStepTime goes by the share in use")
             return
         for name, value, usual in (
             ("kv_cache", self.kv_cache, None),
@@ -90,7 +86,7 @@ class Engine(Declaration, frozen=True, kw_only=True):
                 raise ValueError(f"{name} means nothing in the tick model, got {value!r}")
 
     def _check_memory(self) -> None:
-        """Refuse an engine whose memory its batcher or its load can't use."""
+        """Refuse an engine whose memory its batcher, its step time or its load can't use."""
         memory = self.kv_cache or KVCache()
         load = self.load_generator
         if self.kv_cache is not None and self.kv_cache.blocks is not None:
@@ -98,6 +94,8 @@ class Engine(Declaration, frozen=True, kw_only=True):
             reserve = getattr(self.batcher, "reserve_tokens", None)
             if reserve is not None and reserve > capacity:
                 raise ValueError(f"reserve_tokens must be <= the KV memory of {capacity} tokens, got {reserve}")
+        elif isinstance(self.step_time, PolynomialStepTime):
+            raise ValueError("kv_cache must have a number of blocks: PolynomialStepTime goes by the share in use")
         if (
             isinstance(load, TraceLoadGenerator)
             and load.block_ids is not None

@@ -1,15 +1,14 @@
 """Fitted sets: what a server was found to take, for any model on its GPU."""
 
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
-from vecsim.declaration import Declaration
-from vecsim.named import names, read_named
+from vecsim.named import Named
 from vecsim.overheads import Overheads
 
 
-class Fit(Declaration, frozen=True, kw_only=True):
+class Fit(Named, frozen=True, kw_only=True):
     """What was fitted to measurements of a server; see `vecsim.presets.fitted` for an engine that has it.
 
     Parameters
@@ -31,28 +30,13 @@ class Fit(Declaration, frozen=True, kw_only=True):
         When a field has a wrong value.
     """
 
-    name: str
+    folder = "fits"
+
     version: str
     gpu: str
     step_time: dict[str, float]
     overheads: Overheads = Overheads()
     standard_errors: dict[str, float] = msgspec.field(default_factory=dict)
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Those that come with the package."""
-        return names("fits")
-
-    @classmethod
-    def named(cls, name: str) -> Self:
-        """One that comes with the package.
-
-        Raises
-        ------
-        ValueError
-            When none has that name.
-        """
-        return read_named(cls, "fits", name)
 
     def fields(self) -> dict[str, Any]:
         """The fields of `RooflineStepTime` but the model and what it is shared out among."""

@@ -1,9 +1,9 @@
 """GPUs: what they compute, hold and move in a second, from their vendors' datasheets."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from vecsim.declaration import Count, Declaration, Positive, suggestion
-from vecsim.named import names, read_named
+from vecsim.declaration import Count, Positive, suggestion
+from vecsim.named import Named
 
 Dtype = Literal["bfloat16", "float16", "fp8"]
 
@@ -24,7 +24,7 @@ def size_of(dtype: Dtype, field: str = "dtype") -> int:
     return SIZES[dtype]
 
 
-class GPU(Declaration, frozen=True, kw_only=True):
+class GPU(Named, frozen=True, kw_only=True):
     """A GPU.
 
     Parameters
@@ -51,7 +51,8 @@ class GPU(Declaration, frozen=True, kw_only=True):
         When a field has a wrong value.
     """
 
-    name: str
+    folder = "gpus"
+
     bfloat16_flops: Positive
     fp8_flops: Positive | None = None
     memory: Positive
@@ -59,29 +60,6 @@ class GPU(Declaration, frozen=True, kw_only=True):
     link: Literal["nvlink", "infinity-fabric", "pcie"]
     link_bandwidth: Positive
     link_peers: Count | None = None
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Those that come with the package."""
-        return names("gpus")
-
-    @classmethod
-    def named(cls, name: str) -> Self:
-        """One that comes with the package.
-
-        Raises
-        ------
-        ValueError
-            When none has that name.
-        """
-        return read_named(cls, "gpus", name)
-
-    @classmethod
-    def standing_for(cls, value: object) -> Self | None:
-        return cls.named(value) if isinstance(value, str) else None
-
-    def label(self) -> str:
-        return self.name
 
     def flops(self, dtype: Dtype = "bfloat16") -> float:
         """Dense operations a second on weights of a type."""

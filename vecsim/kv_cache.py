@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from vecsim.declaration import Declaration, Range
 
 if TYPE_CHECKING:
-    from vecsim.gpus import GPU, Dtype
+    from vecsim.gpus import GPU
     from vecsim.models import Model
 
 # Blocks of a memory without end
@@ -50,30 +50,22 @@ class KVCache(Declaration, frozen=True, kw_only=True):
         model: "Model | str",
         gpu: "GPU | str",
         *,
-        tp: int = 1,
-        dtype: "Dtype" = "bfloat16",
-        kv_dtype: "Dtype" = "bfloat16",
-        memory_fraction: float = 0.9,
-        max_num_batched_tokens: int = 2048,
-        max_num_seqs: int = 128,
         block_size: int = 16,
-        **fields: Any,
+        prefix_caching: bool = False,
+        watermark: float = 0.0,
+        uncached_first: bool = False,
+        **server: Any,
     ) -> Self:
-        """The KV memory that is left beside a model's weights; see `vecsim.capacity.kv_blocks` for the estimate.
+        """The KV memory that is left beside a model's weights.
 
         Parameters
         ----------
         model, gpu : Model and GPU, or their names
-        tp : int
-            GPUs among which the model is shared out.
-        dtype, kv_dtype : "bfloat16", "float16" or "fp8"
-            Of the weights, and of the KV cache.
-        memory_fraction : float
-            Share of a GPU's memory that the server may use.
-        max_num_batched_tokens, max_num_seqs : int
-            Tokens and requests of the largest step.
-        block_size, **fields
-            Of `KVCache`.
+        block_size, prefix_caching, watermark, uncached_first
+            As declared.
+        **server
+            How the server runs, as for `vecsim.capacity.kv_blocks`, which makes the estimate: `tp`, `dtype`,
+            `kv_dtype`, `memory_fraction`, `max_num_batched_tokens`, `max_num_seqs`.
 
         Returns
         -------
@@ -86,18 +78,13 @@ class KVCache(Declaration, frozen=True, kw_only=True):
         """
         from vecsim.capacity import kv_blocks
 
-        blocks = kv_blocks(
-            model,
-            gpu,
-            tp=tp,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            memory_fraction=memory_fraction,
+        return cls(
+            blocks=kv_blocks(model, gpu, block_size=block_size, **server),
             block_size=block_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
+            prefix_caching=prefix_caching,
+            watermark=watermark,
+            uncached_first=uncached_first,
         )
-        return cls(blocks=blocks, block_size=block_size, **fields)
 
     def kernel(self) -> dict[str, Any]:
         """Fields of `vecsim.kernel.state.Memory` by name."""

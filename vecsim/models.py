@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
-from vecsim.declaration import Count, Declaration, Number, Range, shown
+from vecsim.declaration import Count, Number, Range, shown
 from vecsim.gpus import Dtype, size_of
-from vecsim.named import names, read_named
+from vecsim.named import Named
 
 Extent = Annotated[int, Range(0, 2**20)]
 
@@ -33,7 +33,7 @@ class Share(NamedTuple):
         return (self.matrices + self.experts) * size_of(dtype) + (self.small + self.embedding + self.head) * 2
 
 
-class Model(Declaration, frozen=True, kw_only=True):
+class Model(Named, frozen=True, kw_only=True):
     """A decoder-only transformer with gated MLPs; all attention is full attention.
 
     Parameters
@@ -64,7 +64,8 @@ class Model(Declaration, frozen=True, kw_only=True):
         When a field has a wrong value, or doesn't go with the others.
     """
 
-    name: str
+    folder = "models"
+
     layers: Count
     hidden: Count
     intermediate: Extent = 0
@@ -105,26 +106,6 @@ class Model(Declaration, frozen=True, kw_only=True):
             raise ValueError(f"kv_heads must divide heads ({self.heads}), got {self.kv_heads}")
 
     @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Those that come with the package."""
-        return names("models")
-
-    @classmethod
-    def named(cls, name: str) -> Self:
-        """One that comes with the package.
-
-        Raises
-        ------
-        ValueError
-            When none has that name.
-        """
-        return read_named(cls, "models", name)
-
-    @classmethod
-    def standing_for(cls, value: object) -> Self | None:
-        return cls.named(value) if isinstance(value, str) else None
-
-    @classmethod
     def from_config(cls, path: str | Path, name: str | None = None) -> Self:
         """The model of a config.json as Hugging Face's repositories have them.
 
@@ -149,7 +130,7 @@ class Model(Declaration, frozen=True, kw_only=True):
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file} can't be read as JSON: {error}") from None
+            raise ValueError(f"{file} can't be read as JSON: {getattr(error, 'strerror', None) or error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{file} must hold an object, got {shown(config)}")
         fields = _fields(config, file)
@@ -157,9 +138,6 @@ class Model(Declaration, frozen=True, kw_only=True):
             return cls(name=name or file.resolve().parent.name, **fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-
-    def label(self) -> str:
-        return self.name
 
     @property
     def is_mla(self) -> bool:

@@ -16,6 +16,7 @@ from vecsim.batching import (
     StaticBatcher,
     TokenBudgetBatcher,
 )
+from vecsim.capacity import kv_blocks
 from vecsim.declaration import Range, check, refuse_unknown, shown
 from vecsim.engine import Engine
 from vecsim.fits import Fit
@@ -24,6 +25,8 @@ from vecsim.models import Model
 from vecsim.roofline import RooflineStepTime
 
 Release = Literal["0.6", "0.8", "0.10", "0.12", "0.14", "0.15", "0.16"]
+# Tokens a step that vLLM takes on a large GPU
+LARGE_BUDGET = 8192
 Policy = Literal["guaranteed_no_evict", "max_utilization"]
 
 
@@ -100,10 +103,10 @@ def vllm(*, version: str = "0.15", large_gpu: bool = True, **fields: Any) -> Eng
     number = tuple(int(part) for part in release.split("."))
     slots = 1024 if large_gpu and number >= (0, 8) else 256
     if number < (0, 8):
-        batcher: Batcher = PrefillFirstBatcher(max_num_batched_tokens=8192)
+        batcher: Batcher = PrefillFirstBatcher(max_num_batched_tokens=LARGE_BUDGET)
         return _engine("vllm", {"max_batch_size": slots}, batcher, KVCache(watermark=0.01), fields, *own)
     batcher = TokenBudgetBatcher(
-        max_num_batched_tokens=8192 if large_gpu else 2048,
+        max_num_batched_tokens=LARGE_BUDGET if large_gpu else 2048,
         reserve_full_prompt=number >= (0, 16),
         async_scheduling=number >= (0, 14),
     )
@@ -190,7 +193,8 @@ def fitted(fit: Fit | str = "vllm-0.15-h100", *, model: Model | str, tp: int = 1
     tp : int
         GPUs among which the model is shared out.
     **fields
-        As for `vllm`; `load_generator` is needed. Unless it is given, KV memory is what the model leaves of the GPU's.
+        As for `vllm`; `load_generator` is needed. Unless it is given, KV memory is what the model leaves of the
+        GPU's beside the activations of this engine's largest step.
 
     Returns
     -------
@@ -206,6 +210,16 @@ def fitted(fit: Fit | str = "vllm-0.15-h100", *, model: Model | str, tp: int = 1
     fit = Fit.named(fit) if isinstance(fit, str) else fit
     model = Model.named(model) if isinstance(model, str) else model
     step_time = RooflineStepTime(model=model, tp=tp, **fit.fields())
-    if not {"kv_cache", "kv_blocks", "kv_tokens", "blocks"} & fields.keys():
-        fields["kv_blocks"] = KVCache.of(model, step_time.gpu, tp=tp).blocks
-    return vllm(**{"version": fit.version, "step_time": step_time, "overheads": fit.overheads, **fields})
+    engine = vllm(**{"version": fit.version, "step_time": step_time, "overheads": fit.overheads, **fields})
+    if {"kv_cache", "kv_blocks", "kv_tokens", "blocks"} & fields.keys():
+        return engine
+    cache = engine.kv_cache or KVCache()
+    blocks = kv_blocks(
+        model,
+        step_time.gpu,
+        tp=tp,
+        block_size=cache.block_size,
+        max_num_batched_tokens=getattr(engine.batcher, "max_num_batched_tokens", None) or LARGE_BUDGET,
+        max_num_seqs=engine.max_batch_size,
+    )
+    return msgspec.structs.replace(engine, kv_cache=msgspec.structs.replace(cache, blocks=blocks))

@@ -182,9 +182,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         Addresses of the user's own: how many tokens to compute of a request, and how long a step lasts.
     """
     arrived_at, prompt, output, caps = load.arrived_at, load.prompt_tokens, load.output_tokens, load.max_tokens
-    classes, follower, think, urgency, ttft_limits = (
-        load.classes, load.follower, load.think, load.urgency, load.ttft_limits,
-    )  # fmt: skip
+    follower, think, urgency, ttft_limits = load.follower, load.think, load.urgency, load.ttft_limits
     counts, sums, gaps, own, times = work.counts, work.sums, work.gaps, work.own, work.times
     first, residues, unclip = work.first, work.residues, work.unclip
     prefills, chunk_of, chunk_tokens, stack = work.prefills, work.chunk_of, work.chunk_tokens, work.stack
@@ -296,7 +294,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                             waiting[unsigned(counts[QUEUE_TAIL] & (waiting.size - 1))] = request
                             counts[QUEUE_TAIL] += 1
                         else:
-                            class_ = int(classes[r]) if classes.size > 0 else 0
+                            class_ = class_of(load, r)
                             if policy.order == SHORTEST_PROMPT:
                                 rank = float(prompt_tokens)
                             elif policy.order == SHORTEST_OUTPUT:

@@ -57,6 +57,7 @@ from vecsim.kernel.token_state import (
     blocks_for,
     blocks_with_ids,
     cancel_end,
+    class_of,
     file_end,
     full_blocks,
     generated,
@@ -243,9 +244,8 @@ def room(counts, sums, policy):
 def asked_of_rule(own_rule, work, load, memory, policy, request, rest, cached, started, sent, t):
     """Tokens that a rule of the user's own has a request compute in this step; 0 to `rest`."""
     counts = work.counts
-    prompt, caps, classes = load.prompt_tokens, load.max_tokens, load.classes
+    prompt, caps = load.prompt_tokens, load.max_tokens
     r = unsigned(request)
-    class_ = whole(classes[r]) if classes.size > 0 else whole(0)
     batch = TokenBatch(
         running=counts[RUNNING],
         prefilling=counts[PREFILLING],
@@ -265,7 +265,7 @@ def asked_of_rule(own_rule, work, load, memory, policy, request, rest, cached, s
         head_cached_tokens=whole(cached),
         head_prompt_tokens=whole(prompt[r]),
         head_max_tokens=whole(caps[r]),
-        head_class=class_,
+        head_class=whole(class_of(load, r)),
         parameter=policy.parameter,
     )
     return min(max(whole(call_rule(own_rule, (batch,))), 0), rest)

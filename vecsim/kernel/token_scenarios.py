@@ -312,8 +312,7 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
         if state == token_state.DROPPED_AT_ONCE:
             dropped += 1
             if number_of_classes > 0:
-                class_ = int(load.classes[r]) if load.classes.size > 0 else 0
-                by_class[CLASS_METRICS * class_ + 1] += 1
+                by_class[CLASS_METRICS * token_state.class_of(load, r) + 1] += 1
             continue
         preempted += own[token_state.PREEMPTIONS, r]
         value = times[token_state.STARTED_AT, r] - came
@@ -352,7 +351,7 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
             tpot_max = max(tpot_max, mean_gap)
             tpot_min = min(tpot_min, mean_gap)
             tpots += 1
-        class_ = int(load.classes[r]) if load.classes.size > 0 else 0
+        class_ = token_state.class_of(load, r)
         at = first_class + class_
         if not (
             first > classes[TTFT_LIMIT, at]

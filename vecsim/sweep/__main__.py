@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vecsim.growth import queue_growth
 from vecsim.sweep import sweep
@@ -18,7 +17,7 @@ from vecsim.sweep.files import (
     write_dataset,
     write_whole,
 )
-from vecsim.sweep.spec import parse_values, read_spec, ready_made
+from vecsim.sweep.spec import read_changes, read_spec, ready_made
 
 DEFAULT = "batching"
 
@@ -85,6 +84,9 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
     """Check everything that can be checked, compute, then write and print; notes the files in `written`."""
     spec = read_spec(options.spec)
     changes = read_changes(options.changes)
+    for name in ("time_limit", "warmup"):
+        if name in changes:
+            raise ValueError(f"--set varies fields of the engine: use --{name.replace('_', '-')} for {name}")
     changed = {name.rpartition(".")[2] for name in changes}
     kept = {name: values for name, values in spec.keywords().items() if name.rpartition(".")[2] not in changed}
     axes = {**kept, **changes}
@@ -132,31 +134,6 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
     if not options.quiet:
         print(f"saved {' and '.join(written)}")
     return 0
-
-
-def read_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """Axes from `--set`.
-
-    Raises
-    ------
-    ValueError
-        When one isn't NAME=VALUES.
-    """
-    axes: dict[str, Any] = {}
-    for change in changes:
-        name, equals, values = change.partition("=")
-        name = name.strip()
-        if not equals or not name or not values.strip():
-            raise ValueError(f"--set takes NAME=VALUES, got {change!r}")
-        if name in ("time_limit", "warmup"):
-            raise ValueError(f"--set varies fields of the engine: use --{name.replace('_', '-')} for {name}")
-        if name in axes:
-            raise ValueError(f"--set names {name!r} twice")
-        try:
-            axes[name] = parse_values(values)
-        except ValueError as error:
-            raise ValueError(f"--set {name}: {error}") from None
-    return axes
 
 
 if __name__ == "__main__":

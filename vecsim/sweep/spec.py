@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, _checks, from_plain, suggestion, tagged, to_plain
+from vecsim.declaration import Declaration, checks, from_plain, suggestion, tagged, to_plain
 from vecsim.engine import Engine
 from vecsim.fits import Fit
 from vecsim.gpus import GPU
@@ -119,6 +120,29 @@ def _with_fit(spec: dict[str, Any]) -> dict[str, Any]:
     return {**spec, "engine": engine | {name: fields | engine.get(name, {}) for name, fields in usual.items()}}
 
 
+def read_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """Axes, or fields, from `--set` of a command line.
+
+    Raises
+    ------
+    ValueError
+        When one isn't NAME=VALUES.
+    """
+    axes: dict[str, Any] = {}
+    for change in changes:
+        name, equals, values = change.partition("=")
+        name = name.strip()
+        if not equals or not name or not values.strip():
+            raise ValueError(f"--set takes NAME=VALUES, got {change!r}")
+        if name in axes:
+            raise ValueError(f"--set names {name!r} twice")
+        try:
+            axes[name] = parse_values(values)
+        except ValueError as error:
+            raise ValueError(f"--set {name}: {error}") from None
+    return axes
+
+
 def parse_values(text: str) -> Any:
     """Values in short notation.
 
@@ -171,9 +195,8 @@ def parse_value(text: str) -> Any:
         return text
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
     if match is None:
-        raise ValueError(
-            f"can't read the value {text!r}: write a number, FIRST:LAST:COUNT or a declaration such as IFBatcher"
-        )
+        hint = suggestion(text, words()) or "; write a number, FIRST:LAST:COUNT or a declaration such as IFBatcher"
+        raise ValueError(f"can't read the value {text!r}{hint}")
     fields = {}
     for part in re.split(r",(?![^(\[]*[)\]])", match[2] or ""):
         if part.strip():
@@ -190,7 +213,7 @@ def parse_value(text: str) -> Any:
 @functools.cache
 def words() -> frozenset[str]:
     """All words that a field of some declaration may be, such as `fcfs`, names of models and GPUs among them."""
-    kinds = [kind for declaration in tagged().values() for _, kinds, _ in _checks(declaration) for kind in kinds]
+    kinds = [kind for declaration in tagged().values() for _, kinds, _ in checks(declaration) for kind in kinds]
     literals = (word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
     return frozenset((*literals, *Model.names(), *GPU.names()))
 
