@@ -79,7 +79,7 @@ def test_with_endless_bandwidth_a_prompt_takes_its_flops(name):
     step_time = declared(model, faster(bandwidth=ENDLESS), **IDEAL)
     idle = model.active_parameters - model.share().embedding - model.share().head
     flops = 2 * idle * 1000 + 2 * model.vocab * model.hidden
-    numbers = step_time.coefficients()._replace(attention_compute=0.0, expand=0.0)
+    numbers = step_time.coefficients()._replace(attention_compute=0.0)
     assert seconds(numbers, 1, 1000, 5e5, 0, 0, 0) == pytest.approx(flops / 989.5e12, rel=1e-3)
 
 
@@ -138,6 +138,13 @@ def test_latent_attention_is_not_shared_and_its_decodes_read_little():
     assert eight.decode_compute == pytest.approx(one.decode_compute / 8)
     assert one.kv_read * sim.GPU.named("h100").bandwidth * 0.85 == pytest.approx(61 * (512 + 64) * 2)
     assert one.decode_compute / one.attention_compute == pytest.approx((512 + 64 + 512) / (128 + 64 + 128))
+
+
+def test_latent_attention_expands_again_what_came_before_a_chunk():
+    step_time = declared("deepseek-v3", faster(bandwidth=ENDLESS), **IDEAL)
+    numbers = step_time.coefficients()._replace(attention_compute=0.0)
+    more = seconds(numbers, 1, 1000, 0.0, 7000, 0, 0) - seconds(numbers, 1, 1000, 0.0, 0, 0, 0)
+    assert more == pytest.approx(2 * 61 * 128 * 512 * (128 + 128) * 7000 / 989.5e12)
 
 
 def test_fp8_computes_in_bfloat16_where_the_gpu_has_none():

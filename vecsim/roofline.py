@@ -32,7 +32,7 @@ class Numbers(NamedTuple):
     attention_compute: float  # s per pair of a token of a prompt and one that it attends to
     decode_compute: float  # s per token of the context of a decoding request
     kv_read: float  # s per token of context
-    expand: float  # s per token that a prompt attends to: keys and values from their compressed form (MLA)
+    expand: float  # s per token before a prompt's chunk: keys and values from their compressed form (MLA)
 
 
 class RooflineStepTime(StepTime, frozen=True, kw_only=True, tag=True):
@@ -84,7 +84,8 @@ class RooflineStepTime(StepTime, frozen=True, kw_only=True, tag=True):
     takes k at random. A ring's all-reduce of b bytes sends 2 b (tp - 1) / tp from each GPU (Thakur, Rabenseifner,
     Gropp, 2005); there are two in a layer (Shoeybi et al., arXiv:1909.08053) and one after the embedding. The head is
     computed for every request of the step, as vLLM does it. With latent attention prompts expand keys and values of
-    what they attend to, decodes absorb them (arXiv:2412.19437, as vLLM does it), and every GPU reads the whole cache.
+    what they attend to (their own tokens' are among the matrices), decodes absorb them (arXiv:2412.19437, as vLLM does
+    it), and every GPU reads the whole cache.
 
     The efficiencies' defaults are round figures for recent servers, not fitted to one: with them the time between
     tokens of three measured servers is met within 12 % (`tests/test_roofline.py`).

@@ -24,7 +24,7 @@ def seconds(
     total += max(head_compute * requests, head_weights)
     if prefill_requests > 0:
         context = float(prefill_context + prefill_tokens)
-        total += max(attention_compute * prefill_attention, kv_read * context) + expand * context
+        total += max(attention_compute * prefill_attention, kv_read * context) + expand * float(prefill_context)
     if decode_requests > 0:
         total += max(decode_compute * decode_context, kv_read * decode_context)
     return total
