@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 import vecsim as sim
@@ -282,3 +283,17 @@ def test_a_fitted_engine_has_the_memory_that_its_own_largest_step_leaves():
             max_num_seqs=engine.max_batch_size,
         )
     assert sim.presets.fitted(model="llama-3.1-8b", load_generator=load, kv_blocks=7).kv_cache.blocks == 7
+
+
+def test_a_fitted_engine_has_the_limits_that_vllm_has_on_its_gpu():
+    load = sim.PoissonLoadGenerator(request_rate=1, prompt_tokens=10, output_tokens=2)
+    fit = sim.Fit.named("vllm-0.15-h100")
+    for gpu, limits in {
+        "h200": (8192, 1024),
+        "mi300x": (8192, 1024),
+        "a100-80": (2048, 256),
+        "l40s": (2048, 256),
+    }.items():
+        engine = sim.presets.fitted(msgspec.structs.replace(fit, gpu=gpu), model="llama-3.1-8b", load_generator=load)
+        assert (engine.batcher.max_num_batched_tokens, engine.max_batch_size) == limits
+    assert sim.presets.fitted(model="llama-3.1-8b", load_generator=load, large_gpu=False).max_batch_size == 256

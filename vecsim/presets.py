@@ -16,7 +16,6 @@ from vecsim.batching import (
     StaticBatcher,
     TokenBudgetBatcher,
 )
-from vecsim.capacity import kv_blocks
 from vecsim.declaration import Range, check, refuse_unknown, shown
 from vecsim.engine import Engine
 from vecsim.fits import Fit
@@ -27,6 +26,8 @@ from vecsim.roofline import RooflineStepTime
 Release = Literal["0.6", "0.8", "0.10", "0.12", "0.14", "0.15", "0.16"]
 # Tokens a step that vLLM takes on a large GPU
 LARGE_BUDGET = 8192
+# What such a GPU has at least [bytes]
+LARGE_MEMORY = 70 * 2**30
 Policy = Literal["guaranteed_no_evict", "max_utilization"]
 
 
@@ -193,8 +194,8 @@ def fitted(fit: Fit | str = "vllm-0.15-h100", *, model: Model | str, tp: int = 1
     tp : int
         GPUs among which the model is shared out.
     **fields
-        As for `vllm`; `load_generator` is needed. Unless it is given, KV memory is what the model leaves of the
-        GPU's beside the activations of this engine's largest step.
+        As for `vllm`; `load_generator` is needed. Unless they are given, `large_gpu` is as the GPU is, and KV memory
+        what the model leaves of the GPU's beside the activations of this engine's largest step.
 
     Returns
     -------
@@ -210,14 +211,29 @@ def fitted(fit: Fit | str = "vllm-0.15-h100", *, model: Model | str, tp: int = 1
     fit = Fit.named(fit) if isinstance(fit, str) else fit
     model = Model.named(model) if isinstance(model, str) else model
     step_time = RooflineStepTime(model=model, tp=tp, **fit.fields())
-    engine = vllm(**{"version": fit.version, "step_time": step_time, "overheads": fit.overheads, **fields})
+    usual = {
+        "version": fit.version,
+        "large_gpu": step_time.gpu.memory >= LARGE_MEMORY and "a100" not in step_time.gpu.name.lower(),
+        "step_time": step_time,
+        "overheads": fit.overheads,
+    }
+    engine = vllm(**{**usual, **fields})
     if {"kv_cache", "kv_blocks", "kv_tokens", "blocks"} & fields.keys():
         return engine
+    return with_memory(engine, engine.step_time if isinstance(engine.step_time, RooflineStepTime) else step_time)
+
+
+def with_memory(engine: Engine, step_time: RooflineStepTime) -> Engine:
+    """The engine with the KV memory that the model leaves of the GPU's beside the activations of its largest step."""
+    from vecsim.capacity import kv_blocks
+
     cache = engine.kv_cache or KVCache()
     blocks = kv_blocks(
-        model,
+        step_time.model,
         step_time.gpu,
-        tp=tp,
+        tp=step_time.tp,
+        dtype=step_time.dtype,
+        kv_dtype=step_time.kv_dtype,
         block_size=cache.block_size,
         max_num_batched_tokens=getattr(engine.batcher, "max_num_batched_tokens", None) or LARGE_BUDGET,
         max_num_seqs=engine.max_batch_size,
