@@ -202,3 +202,20 @@ def test_the_command_writes_an_engine_that_does_as_the_server_did(tmp_path, caps
     assert "--model and --gpu must be given together" in capsys.readouterr().err
     assert calibrate.main(["server.csv", "--model", "llama-3.1-8", "--gpu", "h100"]) == 2
     assert "did you mean llama-3.1-8b" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_calibrated_server_goes_by_what_is_set(tmp_path):
+    (tmp_path / "server.csv").write_text(HEAD + "0,10,5,0.1,0.2\n")
+    load, _ = calibrate.read_measured(tmp_path / "server.csv")
+
+    def blocks(*changes, model="llama-3.1-70b", gpu="h200"):
+        line = [str(tmp_path / "server.csv"), "--model", model, "--gpu", gpu, *changes]
+        return calibrate.server(calibrate.parser().parse_args(line), load).kv_cache.blocks
+
+    sizes = {"max_num_batched_tokens": 8192, "max_num_seqs": 1024}
+    expected = sim.KVCache.of("llama-3.1-70b", "h200", dtype="fp8", **sizes).blocks
+    assert blocks("--set", "dtype=fp8") == expected  # in BF16 the model doesn't fit
+    small = {"model": "llama-3.1-8b", "gpu": "h100"}
+    assert blocks("--set", "kv_dtype=fp8", **small) in (2 * blocks(**small), 2 * blocks(**small) + 1)
+    assert blocks("--set", "max_batch_size=128", **small) > blocks(**small)
+    assert blocks("--set", "blocks=7", **small) == blocks("--kv-blocks", "7", **small) == 7

@@ -21,6 +21,7 @@ from vecsim.gpus import GPU
 from vecsim.load import TraceLoadGenerator, read_trace
 from vecsim.models import Model
 from vecsim.overheads import Overheads
+from vecsim.roofline import RooflineStepTime
 from vecsim.step_time import LinearStepTime
 from vecsim.sweep.files import PICTURES, check_output, write_whole
 from vecsim.sweep.spec import read_changes
@@ -166,9 +167,7 @@ def server(options: argparse.Namespace, load: TraceLoadGenerator) -> Engine:
     """The server as it is, with a step time to begin with."""
     if (options.model is None) != (options.gpu is None):
         raise ValueError("--model and --gpu must be given together, or neither for a linear step time")
-    fields: dict[str, Any] = {"version": options.version, "load_generator": load}
-    if options.kv_blocks is not None:
-        fields["kv_blocks"] = options.kv_blocks
+    fields: dict[str, Any] = {"version": options.version, "load_generator": load, "kv_blocks": options.kv_blocks}
     if options.model is None:
         engine = presets.vllm(step_time=LinearStepTime(base=1e-2), overheads=Overheads(before_queue=5e-3), **fields)
     else:
@@ -179,7 +178,11 @@ def server(options: argparse.Namespace, load: TraceLoadGenerator) -> Engine:
         fit = msgspec.structs.replace(begin, version=options.version, gpu=options.gpu)
         engine = presets.fitted(fit, model=model, tp=options.tp, **fields)
     changes = read_changes(options.changes)
-    return replace_all(engine, {find(name, engine, "field"): value for name, value in changes.items()})
+    engine = replace_all(engine, {find(name, engine, "field"): value for name, value in changes.items()})
+    known = engine.kv_cache is not None and engine.kv_cache.blocks is not None
+    if known or not isinstance(engine.step_time, RooflineStepTime):
+        return engine
+    return presets.with_memory(engine, engine.step_time)
 
 
 def picture(engine: Engine, measured: Measured) -> Any:
