@@ -99,6 +99,7 @@ def test_coefficients_of_a_log_of_steps_are_found_again():
 
 
 LINEAR = sim.LinearStepTime(base=1e-2)
+ROOFLINE = sim.RooflineStepTime(model="llama-3.1-8b", gpu="h100")
 TWO = sim.TraceLoadGenerator(arrived_at=[0, 1], prompt_tokens=[9, 9], output_tokens=[5, 5])
 SEEN = sim.Measured(ttft=[0.1, 0.1], e2e=[0.2, 0.2])
 
@@ -123,6 +124,15 @@ SEEN = sim.Measured(ttft=[0.1, 0.1], e2e=[0.2, 0.2])
             lambda: sim.fit_step_time([(server(TWO, step_time=LINEAR), SEEN)], ["bse"]),
             "got 'bse'; did you mean base?",
         ),
+        (
+            lambda: sim.fit_step_time([(server(TWO, step_time=ROOFLINE), SEEN)], ["tp"]),
+            "fields must be of compute_efficiency, bandwidth_efficiency",
+        ),
+        (
+            lambda: sim.fit_step_time([(server(TWO, step_time=LINEAR), SEEN)], ["base", "base"]),
+            "fields must be one or more that differ, got base, base",
+        ),
+        (lambda: sim.fit_step_time(a_log(), []), "fields must be one or more that differ, got none"),
         (
             lambda: sim.fit_step_time([(server(TWO, step_time=LINEAR), SEEN)], ["base", "per_prefill_attention"]),
             "too few data: per_prefill_attention is undetermined, for it hardly changes what was measured",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vecsim.axes import replace_all
-from vecsim.declaration import shown, suggestion
+from vecsim.declaration import Declaration, checks, shown, suggestion
 from vecsim.engine import Engine
 from vecsim.kernel.state import Array
 from vecsim.load import TraceLoadGenerator
@@ -160,6 +160,8 @@ def fit_step_time(
     Standard errors are those of least squares, with the relative errors that count alike taken for the measurements'
     own if the fit is closer than they are.
     """
+    if fields is not None and not 0 < len(fields) == len(set(fields)):
+        raise ValueError(f"fields must be one or more that differ, got {', '.join(fields) or 'none'}")
     if isinstance(measured, Mapping):
         return _fit_steps(measured, fields)
     return _fit_servers(list(measured), fields)
@@ -279,17 +281,16 @@ def _usual_fields(engine: Engine) -> list[str]:
 
 def _path(name: str, engine: Engine) -> str:
     """The path of a field of the step time, or of the overheads."""
-    for component in ("step_time", "overheads"):
-        of_it = getattr(engine, component)
-        if name in of_it.__struct_fields__ and isinstance(getattr(of_it, name), int | float):
-            return f"{component}.{name}"
-    known = [
-        field
-        for component in (engine.step_time, engine.overheads)
-        for field in component.__struct_fields__
-        if isinstance(getattr(component, field), int | float)
-    ]
-    raise ValueError(f"fields must be of {', '.join(known)}, got {name!r}{suggestion(name, known)}")
+    parts: dict[str, Declaration] = {"step_time": engine.step_time, "overheads": engine.overheads}
+    known = {
+        field: f"{component}.{field}"
+        for component, part in parts.items()
+        for field, kinds, _ in checks(type(part))
+        if float in kinds
+    }
+    if name not in known:
+        raise ValueError(f"fields must be of {', '.join(known)}, got {name!r}{suggestion(name, known)}")
+    return known[name]
 
 
 def _value(engine: Engine, path: str) -> float:
