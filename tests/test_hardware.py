@@ -191,6 +191,7 @@ def test_a_config_s_defaults_are_those_of_its_kind(tmp_path):
     assert model.kv_heads == 32
     assert model.qkv_bias
     assert model.max_positions == 131072
+    assert sim.Model.from_config(config(tmp_path, {**content, "num_key_value_heads": None})) == model
     content |= {"model_type": "mistral", "use_sliding_window": True, "tie_word_embeddings": True}
     model = sim.Model.from_config(config(tmp_path, content))
     assert model.max_positions == 4096
@@ -203,6 +204,7 @@ def test_a_config_s_defaults_are_those_of_its_kind(tmp_path):
         ("{", "config.json can't be read as JSON"),
         ("[]", "config.json must hold an object"),
         ({}, "config.json: model_type is missing"),
+        ({**LLAMA, "model_type": ["llama"]}, "config.json: model_type must be one of llama, mistral, qwen2"),
         ({**LLAMA, "model_type": "gpt2"}, "config.json: model_type must be one of llama, mistral, qwen2"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "config.json: hidden_size is missing"),
         ({**LLAMA, "vocab_size": "many"}, "config.json: vocab_size must be a whole number >= 1, got 'many'"),
@@ -240,6 +242,10 @@ def test_a_config_that_says_too_little_is_refused(tmp_path, content, message):
         (lambda: sim.KVCache.of("llama-3.1-8b", "h100", kv_dtype="fp16"), "kv_dtype must be one of .* got .fp16"),
         (lambda: sim.Model.named("llama-3.1-8b").weight_bytes("int4"), "dtype must be one of .* got 'int4'"),
         (lambda: sim.KVCache.of("llama-3.1-8b", "h100", block_size=0), "block_size must be >= 1, got 0"),
+        (lambda: sim.KVCache.of("llama-3.1-8b", "h100", memory_fraction="0.9"), "memory_fraction must be a number"),
+        (lambda: sim.KVCache.of("llama-3.1-8b", "h100", max_num_seqs="a"), "max_num_seqs must be a whole number, got"),
+        (lambda: sim.KVCache.of(3, "h100"), "model must be one of Model, got 3"),
+        (lambda: sim.KVCache.of("llama-3.1-8b", None), "gpu must be one of GPU, got None"),
         (
             lambda: sim.KVCache.of("llama-3.1-70b", "h100"),
             "llama-3.1-70b in bfloat16 doesn't fit 1 x h100 at memory_fraction 0.9: 65.4 GB a GPU are lacking; "

@@ -1,5 +1,6 @@
 """How many blocks of KV memory a server has beside a model's weights."""
 
+from vecsim.declaration import Range, check
 from vecsim.gpus import GPU, Dtype, size_of
 from vecsim.models import Model
 
@@ -52,12 +53,12 @@ def kv_blocks(
     """
     model = Model.named(model) if isinstance(model, str) else model
     gpu = GPU.named(gpu) if isinstance(gpu, str) else gpu
-    if not 0 < memory_fraction <= 1:
-        raise ValueError(f"memory_fraction must be > 0 and <= 1, got {memory_fraction!r}")
+    check("model", model, (Model,), None)
+    check("gpu", gpu, (GPU,), None)
+    check("memory_fraction", memory_fraction, (float,), Range(0, 1, low_allowed=False))
     counts = {"block_size": block_size, "max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs}
     for field, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{field} must be >= 1, got {count!r}")
+        check(field, count, (int,), Range(1))
     size_of(dtype)
     size_of(kv_dtype, "kv_dtype")
 

@@ -263,7 +263,7 @@ def _fields(config: dict[str, Any], file: Path) -> dict[str, Any]:
             )
 
     kind = config.get("model_type")
-    if kind not in DENSE and kind not in EXPERTS:
+    if kind not in (*DENSE, *EXPERTS):
         what = "is missing" if kind is None else f"must be one of {', '.join((*DENSE, *EXPERTS))}, got {shown(kind)}"
         raise ValueError(f"{file}: model_type {what}")
     fields: dict[str, Any] = {
@@ -298,7 +298,8 @@ def _fields(config: dict[str, Any], file: Path) -> dict[str, Any]:
             "v_head_dim": needed("v_head_dim"),
         }
         return fields
-    fields["kv_heads"] = needed("num_key_value_heads") if "num_key_value_heads" in config else fields["heads"]
+    grouped = config.get("num_key_value_heads") is not None
+    fields["kv_heads"] = needed("num_key_value_heads") if grouped else fields["heads"]
     if config.get("head_dim") is not None:
         fields["head_dim"] = needed("head_dim")
     elif fields["hidden"] % fields["heads"] == 0:
