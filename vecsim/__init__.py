@@ -17,6 +17,7 @@ from vecsim.batching import (
 from vecsim.engine import Engine
 from vecsim.fits import Fit
 from vecsim.fitting import Calibration, Measured, fit_step_time
+from vecsim.fleet import Cluster, Pool
 from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
 from vecsim.kv_cache import KVCache
@@ -39,6 +40,15 @@ from vecsim.load import (
 from vecsim.models import Model
 from vecsim.overheads import Overheads
 from vecsim.roofline import RooflineStepTime
+from vecsim.routing import (
+    LeastKVRouter,
+    LeastOutstandingRouter,
+    PowerOfTwoRouter,
+    RandomRouter,
+    RoundRobinRouter,
+    Router,
+    SessionRouter,
+)
 from vecsim.run import Run
 from vecsim.step_time import (
     CustomStepTime,
@@ -60,6 +70,7 @@ __all__ = [
     "Batcher",
     "Calibration",
     "ChunkedPrefillBatcher",
+    "Cluster",
     "ConcurrentLoadGenerator",
     "Constant",
     "CustomBatcher",
@@ -72,6 +83,8 @@ __all__ = [
     "IFBatcher",
     "IFBatcherWithOnePrefillOnly",
     "KVCache",
+    "LeastKVRouter",
+    "LeastOutstandingRouter",
     "LinearStepTime",
     "LoadGenerator",
     "LogNormal",
@@ -84,12 +97,18 @@ __all__ = [
     "PiecewiseLoadGenerator",
     "PoissonLoadGenerator",
     "PolynomialStepTime",
+    "Pool",
+    "PowerOfTwoRouter",
     "PrefillFirstBatcher",
+    "RandomRouter",
     "RequestClass",
     "RequestRateLoadGenerator",
     "RooflineStepTime",
+    "RoundRobinRouter",
+    "Router",
     "Run",
     "SGLangBatcher",
+    "SessionRouter",
     "Sessions",
     "SharedPrefix",
     "StaticBatcher",

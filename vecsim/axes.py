@@ -12,6 +12,7 @@ from vecsim.kernel.state import Array
 from vecsim.memory import require_results
 from vecsim.variables import (
     CLASS_VARIABLES,
+    FLEET_REQUEST_VARIABLES,
     REQUEST_VARIABLES,
     TICK_VARIABLES,
     TOKEN_REQUEST_VARIABLES,
@@ -23,7 +24,14 @@ TAKEN = {
     *("stat", "request", "time", "run", "queue_size", "class"),
     *(
         variable.name
-        for variables in (TICK_VARIABLES, REQUEST_VARIABLES, TOKEN_VARIABLES, CLASS_VARIABLES, TOKEN_REQUEST_VARIABLES)
+        for variables in (
+            TICK_VARIABLES,
+            REQUEST_VARIABLES,
+            TOKEN_VARIABLES,
+            CLASS_VARIABLES,
+            TOKEN_REQUEST_VARIABLES,
+            FLEET_REQUEST_VARIABLES,
+        )
         for variable in variables
     ),
 }

@@ -107,6 +107,21 @@ class Engine(Declaration, frozen=True, kw_only=True):
             )
 
     @property
+    def summary(self) -> str:
+        """Short text: what serves."""
+        return f"{self.batcher.label()}, {self.max_batch_size} slots"
+
+    @property
+    def kv_blocks(self) -> int | None:
+        """Blocks of KV memory; None if it is endless."""
+        return None if self.kv_cache is None else self.kv_cache.blocks
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether prompts find what others left in KV memory."""
+        return self.kv_cache is not None and self.kv_cache.prefix_caching
+
+    @property
     def is_token(self) -> bool:
         """Whether this is the token model."""
         return not isinstance(self.step_time, TickStepTime)

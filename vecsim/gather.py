@@ -10,6 +10,7 @@ from vecsim.declaration import Declaration, to_plain
 from vecsim.kernel.state import Array, TokenRecord
 from vecsim.variables import (
     CLASS_VARIABLES,
+    FLEET_REQUEST_VARIABLES,
     REQUEST_VARIABLES,
     STEP_VARIABLES,
     TOKEN_REQUEST_VARIABLES,
@@ -67,11 +68,15 @@ def describe(variable: Variable, dims: tuple[str, ...], values: Array) -> "xr.Va
     return xr.Variable(dims, values, attrs)
 
 
-def record_variables(record: Any, dims: tuple[str, ...], shape: tuple[int, ...]) -> "dict[str, xr.Variable]":
+def record_variables(
+    record: Any, dims: tuple[str, ...], shape: tuple[int, ...], fleet: bool = False
+) -> "dict[str, xr.Variable]":
     """The per-request arrays, over `dims` and `request`."""
+    variables = [*(TOKEN_REQUEST_VARIABLES if isinstance(record, TokenRecord) else REQUEST_VARIABLES)]
+    variables += FLEET_REQUEST_VARIABLES if fleet else ()
     return {
         variable.name: describe(variable, (*dims, "request"), getattr(record, variable.name).reshape(*shape, -1))
-        for variable in (TOKEN_REQUEST_VARIABLES if isinstance(record, TokenRecord) else REQUEST_VARIABLES)
+        for variable in variables
     }
 
 

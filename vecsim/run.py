@@ -9,12 +9,13 @@ import numpy as np
 
 from vecsim.axes import Plan
 from vecsim.engine import Engine
+from vecsim.fleet import Cluster
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.sweep.report import has_slo
-from vecsim.variables import STEP_VARIABLES, TOKEN_STEP_VARIABLES, stat_labels
+from vecsim.variables import FLEET_STEP_VARIABLES, STEP_VARIABLES, TOKEN_STEP_VARIABLES, stat_labels
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -25,7 +26,7 @@ class Run:
 
     Attributes
     ----------
-    engine : Engine
+    engine : Engine or Cluster
         What was run.
     time_limit, warmup : float
         As given [ticks].
@@ -44,7 +45,7 @@ class Run:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Cluster,
         time_limit: float,
         warmup: float,
         quantiles: tuple[float, ...],
@@ -67,7 +68,7 @@ class Run:
     def requests(self) -> "xr.Dataset":
         import xarray as xr
 
-        variables = record_variables(self._single.record, (), ())
+        variables = record_variables(self._single.record, (), (), isinstance(self.engine, Cluster))
         size = self._single.record.arrived_at.shape[1]
         return xr.Dataset(
             variables,
@@ -96,7 +97,8 @@ class Run:
         values = (*record.times, *record.counts)
         variables = {
             variable.name: describe(variable, ("step",), array)
-            for variable, array in zip(TOKEN_STEP_VARIABLES, values, strict=True)
+            for variable, array in zip((*TOKEN_STEP_VARIABLES, *FLEET_STEP_VARIABLES), values, strict=True)
+            if isinstance(self.engine, Cluster) or variable in TOKEN_STEP_VARIABLES
         }
         return variables, record.times.shape[1]
 
@@ -176,7 +178,7 @@ class Run:
         if not np.isnan(float(metrics.kv_use)):
             rows.append(("KV memory", f"{share('kv_use')} in use, peak {share('kv_peak')}"))
             rows.append(("Preemptions", f"{int(metrics.preemptions)}"))
-        if self.engine.kv_cache is not None and self.engine.kv_cache.prefix_caching:
+        if self.engine.caches_prefixes:
             rows.append(("Prefix hit rate", share("prefix_hit_rate")))
         return rows
 
@@ -203,7 +205,7 @@ class Run:
             # Without the fields at their default; its `name` is a field of its own.
             load = load.replace(repr(kind), f"RequestClass{kind.label().removeprefix(kind.name)}")
         limit = f"{self.time_limit:g} {self.unit}" if self.time_limit < np.inf else "to the end"
-        return f"{self.engine.batcher.label()}, {self.engine.max_batch_size} slots, {load}, {limit}"
+        return f"{self.engine.summary}, {load}, {limit}"
 
     @property
     def unit(self) -> str:
@@ -245,13 +247,13 @@ class Run:
 
 
 def run(
-    engine: Engine,
+    engine: Engine | Cluster,
     time_limit: float | None = None,
     *,
     warmup: float = 0.0,
     quantiles: Sequence[float] | None = None,
 ) -> Run:
-    """Simulate an engine once; see `Engine.run`."""
+    """Simulate an engine or a fleet once; see `Engine.run`."""
     time_limit, warmup = check_times(time_limit, warmup, engine.is_token)
     wanted = check_quantiles(quantiles)
     table = lower(Plan(engine, (), {}, {}), time_limit)

@@ -10,6 +10,7 @@ import numpy as np
 from vecsim.axes import Plan, replace_all
 from vecsim.batching import BATCHERS, CustomBatcher, IFBatcherWithOnePrefillOnly
 from vecsim.engine import Engine
+from vecsim.fleet import Cluster
 from vecsim.kernel.state import (
     EXPONENTIAL_DRAWS,
     GAMMA_DRAWS,
@@ -26,6 +27,7 @@ from vecsim.token_scenarios import (
     TOKEN_COLUMNS,
     TokenTables,
     check_columns,
+    fleet_parameters,
     refuse_endless,
     token_parameters,
     token_requests_needed,
@@ -113,7 +115,8 @@ def lower(plan: Plan, time_limit: float) -> Table:
         if token is None:
             rows.append(parameters(engine, tables, rules))
         else:
-            streams, row = token_parameters(engine, time_limit, token, rules)
+            make = fleet_parameters if isinstance(engine, Cluster) else token_parameters
+            streams, row = make(engine, time_limit, token, rules)
             for k, stream in enumerate(streams):
                 row |= stream_columns(k, stream, tables)
             rows.append(row)

@@ -6,8 +6,9 @@ import numpy as np
 
 from vecsim.batching import CustomBatcher, check_budget, policy_of
 from vecsim.engine import Engine
+from vecsim.fleet import Cluster
 from vecsim.kernel.state import Array
-from vecsim.kv_cache import KVCache
+from vecsim.kv_cache import ENDLESS, KVCache
 from vecsim.load import (
     AT_ONCE,
     CLOSED,
@@ -21,6 +22,7 @@ from vecsim.load import (
     TraceLoadGenerator,
 )
 from vecsim.roofline import RooflineStepTime
+from vecsim.routing import ROUTERS
 from vecsim.step_time import CustomStepTime, TableStepTime, flat_tables, kernel_of
 
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
@@ -52,6 +54,8 @@ class TokenTables:
         self.grids: list[Array] = []
         self.values: list[Array] = []
         self.class_names: tuple[str, ...] | None = None
+        self.fleets: list[tuple[float, ...]] = []
+        self.groups: list[tuple[float, ...]] = []
 
     @staticmethod
     def fields() -> tuple[str, ...]:
@@ -90,6 +94,16 @@ class TokenTables:
             limits = (np.inf if limit is None else limit for limit in (own.ttft, own.tpot, own.itl, own.e2e))
             self.classes.append((float(kind.priority), *limits))
         return (first,)
+
+    def put_fleet(self, rows: list[dict[str, Any]], cluster: Cluster) -> tuple[int, ...]:
+        place, first = len(self.fleets), len(self.groups)
+        self.groups += (
+            (*(float(row[name]) for name in self.fields()), float(pool.workers))
+            for row, pool in zip(rows, cluster.pools, strict=True)
+        )
+        router = (float(ROUTERS.index(type(cluster.router))), float(len(rows) == 1))
+        self.fleets.append((float(first), float(len(rows)), float(cluster.workers), *router))
+        return (place,)
 
     def put_tables(self, step_time: TableStepTime | RooflineStepTime) -> tuple[int, ...]:
         from vecsim.kernel.duration import AXIS, GRID, VALUES_AT
@@ -159,6 +173,7 @@ def token_parameters(
         "before_queue": engine.overheads.before_queue,
         "per_token": engine.overheads.per_output_token,
         "at_completion": engine.overheads.at_completion,
+        "fleet": -1,
         "seed": load.seed,
         "offset": load.stream_offset,
         "functions": -1 if functions == (None, None) else rules.setdefault(functions, len(rules)),
@@ -175,6 +190,38 @@ def token_parameters(
             key = ("ids", load.block_ids, load.block_counts)
             (row["trace"],) = shared.place(key, lambda: shared.put_ids(load))
             row["id_blocks"] = max((load.id_block_tokens or 1) // memory["block_size"], 1)
+    return streams, row
+
+
+def fleet_parameters(
+    cluster: Cluster, time_limit: float, shared: TokenTables, rules: dict[Any, int]
+) -> tuple[list[Stream], dict[str, Any]]:
+    """`token_parameters` of a fleet: the numbers of one engine as large as all its workers, and where theirs are.
+
+    Raises
+    ------
+    ValueError
+        When its pools have different functions of the user's own.
+    """
+    made = [token_parameters(engine, time_limit, shared, rules) for engine in cluster.engines()]
+    streams, rows = made[0][0], [row for _, row in made]
+    if len({row["functions"] for row in rows}) > 1:
+        raise ValueError("the pools of a cluster must have the same rules of one's own, or none")
+    counts = [pool.workers for pool in cluster.pools]
+    blocks = [row["blocks"] for row in rows]
+    (place,) = shared.place(
+        ("fleet", cluster.pools, cluster.router, cluster.overheads.per_step), lambda: shared.put_fleet(rows, cluster)
+    )
+    row = {
+        **rows[0],
+        "slots": sum(row["slots"] * count for row, count in zip(rows, counts, strict=True)),
+        "blocks": ENDLESS
+        if ENDLESS in blocks
+        else sum(size * count for size, count in zip(blocks, counts, strict=True)),
+        "caching": any(row["caching"] for row in rows),
+        "needs_budget": False,
+        "fleet": place,
+    }
     return streams, row
 
 

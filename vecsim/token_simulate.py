@@ -15,6 +15,7 @@ from vecsim.kernel.state import (
     OUT_OF_STEPS,
     TOO_LONG,
     Array,
+    Fleet,
     StepRecord,
     Streams,
     TokenJob,
@@ -25,6 +26,7 @@ from vecsim.kernel.state import (
 from vecsim.lengths import MOST_TOKENS
 from vecsim.load import OUTPUT, PROMPT, TURNS
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_rule
+from vecsim.series import total_over_time
 from vecsim.streams import draw_streams, values_of
 from vecsim.threads import INLINE, Workers
 
@@ -84,10 +86,10 @@ def run_token_block(
         if not hasattr(own, "room"):
             own.room = room.make()
             own.record = room_for_steps(steps)
-        scratch, work, (nodes, node_of, owned, cached) = own.room
+        scratch, work, fleet, (nodes, node_of, owned, cached) = own.room
         return TokenJob(
             block.scenarios, block.stream, block.arrival_stream, streams, table.time_limit, measured.warmup,
-            measured.quantiles, scratch, work, nodes, node_of, owned, cached, own.record, results.metrics,
+            measured.quantiles, scratch, work, fleet, nodes, node_of, owned, cached, own.record, results.metrics,
             results.enqueued, status, workers.stop,
         )  # fmt: skip
 
@@ -143,15 +145,15 @@ def room_for_steps(steps: int) -> StepRecord:
         When it would not fit in memory.
     """
     memory.require(64.0 * steps, f"{steps:.3g} steps in one scenario", "a shorter time_limit or fewer threads")
-    return StepRecord(np.empty((2, steps)), np.empty((6, steps), np.int64))
+    return StepRecord(np.empty((2, steps)), np.empty((7, steps), np.int64))
 
 
 def queue_at(instants: Array, made: StepRecord) -> Array:
     """Queue sizes at some instants [instant]: those of the steps that began last; 0 before the first."""
-    from vecsim.kernel.token_state import BEGIN, STEP_QUEUE
+    from vecsim.kernel.token_state import BEGIN, STEP_QUEUE, STEP_WORKER
 
-    step = np.searchsorted(made.times[BEGIN], instants, side="right")
-    return np.append(0, made.counts[STEP_QUEUE])[step]
+    time, queue = total_over_time(made.times[BEGIN], made.counts[STEP_QUEUE], made.counts[STEP_WORKER])
+    return np.append(0, queue)[np.searchsorted(time, instants, side="right")]
 
 
 def trimmed(record: StepRecord, work: TokenWork) -> StepRecord:
@@ -177,6 +179,7 @@ def bad_duration(table: Table, place: int, work: TokenWork) -> str:
 def token_streams(table: Table, numbers: Streams, arrivals: Streams) -> TokenStreams:
     """Everything that requests are made of."""
     from vecsim.kernel.duration import FIELDS
+    from vecsim.kernel.token_scenarios import FLEET_FIELDS, GROUP_WORKERS
 
     shared = table.token
     assert shared is not None
@@ -197,6 +200,8 @@ def token_streams(table: Table, numbers: Streams, arrivals: Streams) -> TokenStr
         grids=joined(shared.grids, np.float64),
         values=joined(shared.values, np.float64),
         outside=np.zeros(1, np.int64),
+        fleets=np.array(shared.fleets or np.empty((0, len(FLEET_FIELDS)))),
+        groups=np.array(shared.groups or np.empty((0, GROUP_WORKERS + 1))),
     )
 
 
@@ -214,6 +219,8 @@ class Room:
         self.longest = int(numbers.longest[block.stream[:, OUTPUT]].max())
         self.ids, self.with_ids, self.nodes = self._blocks(column, block, numbers, streams)
         self.caching = bool(column["caching"].any())
+        self.fleets = streams.fleets[np.unique(column["fleet"][column["fleet"] >= 0]).astype(np.int64)]
+        self.groups = streams.groups
         self.ring = 1 << max(3, (self.longest + 2).bit_length())
 
     def require(self, threads: int) -> None:
@@ -263,7 +270,7 @@ class Room:
             nodes = max(nodes, int(min(blocks, own_ids + own_with + 2 * self.requests)) + 4)
         return ids, with_ids, nodes
 
-    def make(self) -> tuple[TokenScratch, TokenWork, tuple[Array, Array, Array, Array]]:
+    def make(self) -> tuple[TokenScratch, TokenWork, Fleet, tuple[Array, Array, Array, Array]]:
         """Room for one thread."""
         from vecsim.kernel import token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
@@ -309,8 +316,6 @@ class Room:
             chunk_of=whole(slots),
             chunk_tokens=whole(slots),
             stack=whole(max(2 * slots, 64)),
-            waiting=whole(1 << max(3, n.bit_length())),
-            heap=whole(n),
             coming=whole(n),
             ended=whole(slots),
             joined=whole(slots),
@@ -326,7 +331,56 @@ class Room:
             whole(OWNED_ROWS, requests),
             np.zeros(self.with_ids + 1 if self.caching else 0, np.uint8),
         )
-        return scratch, work, cache
+        return scratch, work, self.make_fleet(), cache
+
+    def make_fleet(self) -> Fleet:
+        """Room for the largest fleet of a block; of no worker where there is none."""
+        from vecsim.kernel import token_state
+        from vecsim.kernel.kv import NODE_ROWS
+        from vecsim.kernel.token_scenarios import FIELDS, WORKERS
+
+        workers = int(self.fleets[:, WORKERS].max(initial=0))
+        n = self.requests if workers else 0
+        column = {name: self.groups[:, i] for i, name in enumerate(FIELDS)}
+        slots = int(column["slots"].max(initial=0)) + 1
+        leaves = 1 << max(workers - 1, 1).bit_length()
+
+        def whole(*shape: int) -> Array:
+            return np.zeros(shape, np.int32)
+
+        def number(*shape: int) -> Array:
+            return np.zeros(shape, np.int64)
+
+        return Fleet(
+            group=whole(workers),
+            blocks=number(workers),
+            fits=np.zeros(len(self.groups), np.uint8),
+            sent=number(workers),
+            sent_blocks=number(workers),
+            turn=number(1),
+            bound=whole(n),
+            worker=whole(n),
+            clock=np.empty(2 * leaves),
+            loads=np.empty(2 * leaves),
+            unmeasured=number(token_state.GAP_BINS),
+            counts=number(workers, token_state.COUNTS),
+            sums=np.zeros((workers, token_state.SUMS)),
+            first=whole(workers, self.ring),
+            unclip=whole(workers, self.ring),
+            residues=whole(workers, self.block_size),
+            prefills=whole(workers, slots),
+            chunk_of=whole(workers, slots),
+            chunk_tokens=whole(workers, slots),
+            stack=whole(workers, max(2 * slots, 64)),
+            ended=whole(workers, slots),
+            joined=whole(workers, slots),
+            joined_at=np.zeros((workers, slots)),
+            newcomers=whole(workers, slots),
+            late=number(workers, self.classes),
+            starving=whole(workers, 2 * slots),
+            nodes=whole(workers, NODE_ROWS, self.nodes if self.caching else 0),
+            node_of=whole(workers, self.ids if self.caching else 0),
+        )
 
 
 def check_token_memory(table: Table, results: float, threads: int, more: float = 1.0) -> None:

@@ -198,6 +198,9 @@ TOKEN_STEP_VARIABLES = (
 )
 
 
+FLEET_STEP_VARIABLES = (Variable("worker", "worker", "", "number of the worker that makes the step", whole=True),)
+
+
 DISTRIBUTIONS = tuple(variable for variable in TICK_VARIABLES if variable.over_stat)
 SCALARS = tuple(variable for variable in TICK_VARIABLES if not variable.over_stat)
 
@@ -244,3 +247,8 @@ DEFAULT_QUANTILES = (0.5, 0.9, 0.95, 0.99)
 def stat_labels(quantiles: tuple[float, ...]) -> list[str]:
     """Labels along `stat`: mean, then p50, p99.9, ..., then max."""
     return ["mean", *(f"p{100 * q:.10g}" for q in quantiles), "max"]
+
+
+FLEET_REQUEST_VARIABLES = (
+    Variable("worker", "worker", "", "number of the worker that the request was sent to; -1: none", whole=True),
+)

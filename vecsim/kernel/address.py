@@ -17,11 +17,13 @@ from vecsim.kernel.state import (
     Array,
     Batch,
     Cache,
+    Fleet,
     Formula,
     Memory,
     Outcome,
     Policy,
     Requests,
+    Router,
     StepBatch,
     StepModel,
     StepRecord,
@@ -43,7 +45,9 @@ def like(kind: Any, **arrays: Any) -> Any:
     return kind(**values, **arrays)
 
 
-FLOATS, WHOLES, NUMBERS, BYTES = (np.empty(0, kind) for kind in (np.float64, np.int32, np.int64, np.uint8))
+KINDS = (np.float64, np.int32, np.int64, np.uint8)
+FLOATS, WHOLES, NUMBERS, BYTES = (np.empty(0, kind) for kind in KINDS)
+FLOAT_ROWS, WHOLE_ROWS, NUMBER_ROWS, _ = (np.empty((0, 0), kind) for kind in KINDS)
 
 # What a function of the user's own is given
 GIVEN: dict[str, Any] = {"tick": Batch, "token": TokenBatch, "step": StepBatch}
@@ -73,33 +77,69 @@ TOKEN_LOOP = tuple(
     for value in (
         like(Policy),
         like(Memory),
-        like(StepModel, formula=like(Formula), terms=np.empty((0, 0)), grids=FLOATS, values=FLOATS, outside=NUMBERS),
+        like(StepModel, formula=like(Formula), terms=FLOAT_ROWS, grids=FLOATS, values=FLOATS, outside=NUMBERS),
         like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS, itl_limits=FLOATS),
         like(
             TokenWork,
             counts=NUMBERS,
             sums=FLOATS,
             gaps=NUMBERS,
-            own=np.empty((0, 0), np.int32),
-            times=np.empty((0, 0)),
+            own=WHOLE_ROWS,
+            times=FLOAT_ROWS,
             joined_at=FLOATS,
             late=NUMBERS,
         ),
         like(
             Cache,
-            nodes=np.empty((0, 0), np.int32),
-            owned=np.empty((0, 0), np.int32),
+            nodes=WHOLE_ROWS,
+            owned=WHOLE_ROWS,
             own=BYTES,
             ids=(NUMBERS, 1, NUMBERS, WHOLES, NUMBERS, NUMBERS),
             own_start=NUMBERS,
         ),
-        like(StepRecord, times=np.empty((0, 0)), counts=np.empty((0, 0), np.int64)),
+        like(StepRecord, times=FLOAT_ROWS, counts=NUMBER_ROWS),
         0.0,  # time_limit
         0.0,  # warmup
         BYTES,  # stop
         0,  # address of a batcher's rule
         0,  # address of a step time
     )
+)
+
+
+FLEET_LOOP = (
+    COUNT,  # address of the step loop
+    *(
+        numba.typeof(value)
+        for value in (
+            like(Router),
+            like(
+                Fleet,
+                blocks=NUMBERS,
+                fits=BYTES,
+                sent=NUMBERS,
+                sent_blocks=NUMBERS,
+                turn=NUMBERS,
+                clock=FLOATS,
+                loads=FLOATS,
+                unmeasured=NUMBERS,
+                counts=NUMBER_ROWS,
+                sums=FLOAT_ROWS,
+                joined_at=FLOAT_ROWS,
+                late=NUMBER_ROWS,
+                nodes=np.empty((0, 0, 0), np.int32),
+                **dict.fromkeys(
+                    (
+                        *("first", "unclip", "residues", "prefills", "chunk_of", "chunk_tokens", "stack", "ended"),
+                        *("joined", "newcomers", "starving", "node_of"),
+                    ),
+                    WHOLE_ROWS,
+                ),
+            ),
+            FLOAT_ROWS,  # groups
+        )
+    ),
+    *TOKEN_LOOP[2:],
 )
 
 
@@ -145,5 +185,6 @@ def caller(kinds: tuple[Any, ...], returned: Any) -> Any:
 call_rule = caller((BATCHES["token"],), COUNT)
 call_step_time = caller((BATCHES["step"],), TIME)
 call_token_loop = caller(TOKEN_LOOP, COUNT)
+call_fleet_loop = caller(FLEET_LOOP, COUNT)
 TICK_OUTCOME = numba.typeof(like(Outcome))
 call_tick_loop = caller(TICK_LOOP, TICK_OUTCOME)

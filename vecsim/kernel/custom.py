@@ -16,7 +16,17 @@ from typing import Any, cast
 
 import numba
 
-from vecsim.kernel.address import BATCHES, COUNT, TICK_LOOP, TICK_OUTCOME, TIME, TOKEN_LOOP, address_of, compiled
+from vecsim.kernel.address import (
+    BATCHES,
+    COUNT,
+    FLEET_LOOP,
+    TICK_LOOP,
+    TICK_OUTCOME,
+    TIME,
+    TOKEN_LOOP,
+    address_of,
+    compiled,
+)
 from vecsim.kernel.jit import CACHE_FOLDER, OPTIONS, is_compiled
 from vecsim.kernel.state import Job, Outcome, TokenJob
 
@@ -104,14 +114,19 @@ def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, Tok
     rule, step_time = own
     rule_at = rule_address(rule, "token", COUNT)[1] if rule is not None else 0
     step_time_at = rule_address(step_time, "step", TIME)[1] if step_time is not None else 0
-    kinds = (COUNT, COUNT, COUNT, COUNT, COUNT, numba.typeof(job))
+    kinds = (COUNT, COUNT, COUNT, COUNT, COUNT, COUNT, numba.typeof(job))
     helper = None
     if not (is_compiled("simulate") or is_compiled("run_token_scenarios")):
         helper = compile_beside(kinds)
     loop = address_of(simulate, TOKEN_LOOP, COUNT)
+    fleet_loop = 0
+    if job.fleet.group.size > 0:
+        from vecsim.kernel.fleet import simulate_fleet
+
+        fleet_loop = address_of(simulate_fleet, FLEET_LOOP, COUNT)
     if helper is not None:
         helper.wait()
-    run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, loop, rule_at, step_time_at)
+    run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, loop, fleet_loop, rule_at, step_time_at)
     names = " or ".join(function.py_func.__name__ for function in own if function is not None)
 
     return guarded(run, names) if names else run

@@ -1,4 +1,7 @@
-"""A binary heap of requests, the least key first: ties by time of arrival, then by number."""
+"""Heaps of requests, the least key first: ties by time of arrival, then by number.
+
+One in an array, and one of links that requests have anyway: so that many queues share the room of one.
+"""
 
 from vecsim.kernel.jit import bare, unsigned
 
@@ -42,3 +45,41 @@ def pop(heap, size, keys, arrived_at):
         place = below
     heap[unsigned(place)] = last
     return first
+
+
+@bare
+def meld(a, b, left, right, keys, arrived_at):
+    """Make one skew heap (Sleator, Tarjan, 1986) of two, -1 being the empty one; returns its root. O(log n), amortised.
+
+    `left` and `right` are the links [request].
+    """
+    root = above = -1
+    while a >= 0 and b >= 0:
+        if is_before(keys, arrived_at, b, a):
+            a, b = b, a
+        if above < 0:
+            root = a
+        else:
+            left[unsigned(above)] = a
+        above = a
+        a = int(right[unsigned(above)])
+        right[unsigned(above)] = left[unsigned(above)]
+    rest = a if a >= 0 else b
+    if above < 0:
+        return rest
+    left[unsigned(above)] = rest
+    return root
+
+
+@bare
+def enter(root, request, left, right, keys, arrived_at):
+    """Add a request to a skew heap; returns its root."""
+    left[unsigned(request)] = right[unsigned(request)] = -1
+    return meld(int(root), int(request), left, right, keys, arrived_at)
+
+
+@bare
+def leave(root, left, right, keys, arrived_at):
+    """Take the first request, the root, from a skew heap; returns the new root."""
+    r = unsigned(root)
+    return meld(int(left[r]), int(right[r]), left, right, keys, arrived_at)

@@ -9,12 +9,17 @@ from numpy.typing import NDArray
 NO_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS, EXPONENTIAL_DRAWS, GAMMA_DRAWS, RECORDED = range(6)
 
 # What became of a scenario: done, more requests are needed than were drawn, the user interrupted, the batcher's rule
-# returned what can't be, there are more steps than room for their record, or a step's duration can't be
-DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED, OUT_OF_STEPS, BAD_DURATION, TOO_LONG = range(7)
+# returned what can't be, there are more steps than room for their record, or a step's duration can't be. A worker of a
+# fleet may have nothing to do, or nothing but decodes.
+DONE, OUT_OF_REQUESTS, INTERRUPTED, REFUSED, OUT_OF_STEPS, BAD_DURATION, TOO_LONG, IDLE, COASTING = range(9)
 
 # What holds a request's blocks in the token model: those that its computed tokens need, those of its whole prompt from
 # the start, or what was reserved when it was admitted
 AS_SCHEDULED, WHOLE_PROMPT, RESERVED = range(3)
+
+# How the step loop is called there: for a whole run of an engine alone; to make a worker of a fleet ready; to go on
+# with one until a time; the same, but to return when a request ends
+ALONE, BEGINS, GOES_ON, STOPS = range(4)
 
 # Who is preempted there
 LAST, LEAST_URGENT, FEWEST_TOKENS = range(3)
@@ -276,6 +281,8 @@ class TokenLoad(NamedTuple):
     itl_limits: Array  # [class] seconds
     watches_gaps: bool  # whether one of these is finite
     static: int
+    visit: int  # ALONE, BEGINS, GOES_ON or STOPS
+    worker: int  # number of the engine in its fleet
     closed: bool  # a request comes when one ends
     think_time: float  # seconds from the end of one to the arrival of the next in a closed loop
     before_queue: float  # seconds from its arrival until a request can be queued
@@ -298,8 +305,6 @@ class TokenWork(NamedTuple):
     chunk_of: Array  # [slot] the request of each chunk of the step
     chunk_tokens: Array
     stack: Array  # requests in the order of admission, with holes where they have left
-    waiting: Array  # ring, a power of two: the queue
-    heap: Array  # [request] the queue, in other orders
     coming: Array  # [request] a heap of those that will arrive
     ended: Array  # [slot] requests that have ended, and hold what they held
     joined: Array  # [slot] requests that have begun to decode, since the last decode
@@ -307,6 +312,47 @@ class TokenWork(NamedTuple):
     newcomers: Array  # [slot] those of them whose gaps have limits
     late: Array  # [class] steps that were longer than the limit of the time between tokens
     starving: Array  # [2 x slot] decoding requests that had no token in this step, and in the last one
+
+
+class Router(NamedTuple):
+    """How the workers of a fleet are chosen (scalars)."""
+
+    code: int  # place in `vecsim.routing.ROUTERS`
+    alike: bool  # every worker could hold the same requests
+    seed: int  # of the load
+
+
+class Fleet(NamedTuple):
+    """What one thread works in, of a fleet: the rows of each worker, and what goes on between them."""
+
+    group: Array  # [worker] its kind
+    blocks: Array  # [worker] of KV memory
+    fits: Array  # [group] whether workers of that kind could hold a request
+    sent: Array  # [worker] requests
+    sent_blocks: Array  # [worker] of their prompts
+    turn: Array  # [1] of a round robin
+    bound: Array  # [request] the worker that its session is bound to, -1 if none
+    worker: Array  # [request] where it was sent
+    clock: Array  # a tree: when the step of a worker ends, infinite if it sleeps
+    loads: Array  # a tree: what the router wants to be least
+    unmeasured: Array  # [bin] gaps before the warm-up is over
+    counts: Array  # [worker, ...] and what follows as in `TokenWork`
+    sums: Array
+    first: Array
+    unclip: Array
+    residues: Array
+    prefills: Array
+    chunk_of: Array
+    chunk_tokens: Array
+    stack: Array
+    ended: Array
+    joined: Array
+    joined_at: Array
+    newcomers: Array
+    late: Array
+    starving: Array
+    nodes: Array  # [worker, row, node]
+    node_of: Array  # [worker, id]
 
 
 class Cache(NamedTuple):
@@ -342,6 +388,8 @@ class TokenStreams(NamedTuple):
     grids: Array
     values: Array
     outside: Array  # [1] steps that were outside their table
+    fleets: Array  # [fleet, field] as in `vecsim.kernel.token_scenarios.FLEET_FIELDS`
+    groups: Array  # [kind of worker, field] as in `FIELDS`, and how many
 
 
 class TokenScratch(NamedTuple):
@@ -380,6 +428,7 @@ class TokenJob(NamedTuple):
     quantiles: Array
     scratch: TokenScratch
     work: TokenWork
+    fleet: Fleet
     cache_nodes: Array
     cache_node_of: Array
     cache_owned: Array
@@ -404,8 +453,9 @@ class TokenRecord(NamedTuple):
     preempted: Array
     refused: Array
     class_number: Array
+    worker: Array  # of a fleet, -1 where it was sent to none
 
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> "TokenRecord":
         """Room for results; nothing has happened yet to any request."""
-        return cls(*(np.full(shape, np.nan) for _ in range(4)), *(np.zeros(shape, np.int64) for _ in range(6)))
+        return cls(*(np.full(shape, np.nan) for _ in range(4)), *(np.zeros(shape, np.int64) for _ in range(7)))

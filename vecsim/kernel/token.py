@@ -10,17 +10,33 @@ import numpy as np
 
 from vecsim.kernel import kv
 from vecsim.kernel.duration import duration, is_formula, step_of
-from vecsim.kernel.heap import pop, push
+from vecsim.kernel.heap import enter, pop, push
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
-from vecsim.kernel.state import BAD_DURATION, DONE, INTERRUPTED, OUT_OF_REQUESTS, OUT_OF_STEPS, RESERVED, TOO_LONG
+from vecsim.kernel.state import (
+    ALONE,
+    BAD_DURATION,
+    BEGINS,
+    COASTING,
+    DONE,
+    IDLE,
+    INTERRUPTED,
+    OUT_OF_REQUESTS,
+    OUT_OF_STEPS,
+    RESERVED,
+    STOPS,
+    TOO_LONG,
+)
 from vecsim.kernel.token_batch import drop_empty_groups, form, reservation
-from vecsim.kernel.token_coast import can_coast, coast, cruise
+from vecsim.kernel.token_coast import can_coast, coast, cruise, foresee
 from vecsim.kernel.token_state import (
     AFTER,
     ALL_STEPS,
     ARRIVALS,
+    BEFORE,
     BEGIN,
+    BEGINNING,
+    BEGUN_BLOCKS,
     BLOCKED,
     BUSY,
     CHUNKS,
@@ -39,6 +55,7 @@ from vecsim.kernel.token_state import (
     ENQUEUED,
     FIRST_AT,
     FIRST_COME,
+    FORESEEN,
     GAP_BINS,
     GAP_HIGH,
     GAP_LOW,
@@ -50,11 +67,16 @@ from vecsim.kernel.token_state import (
     GROUPS,
     HEAP,
     HELD,
+    HORIZON,
+    INBOX_HEAD,
     ISSUED,
+    KV,
     LAST_AT,
     LAST_DECODE,
     LASTS,
     LATE,
+    LEFT,
+    LEFT_BLOCKS,
     LONGEST,
     MAX_QUEUE,
     NEWCOMERS,
@@ -66,10 +88,11 @@ from vecsim.kernel.token_state import (
     PREFILL,
     PREFILLING,
     PRIORITY,
-    QUEUE_TAIL,
+    QUEUE_HEAD,
     QUEUED,
     RANK,
     RATIO,
+    REPORTED,
     RESIDUE,
     RUNNING,
     SCHEDULED,
@@ -87,6 +110,7 @@ from vecsim.kernel.token_state import (
     STEP_QUEUE,
     STEP_RUNNING,
     STEP_USED,
+    STEP_WORKER,
     STEPS,
     TOKENS,
     TOO_LATE,
@@ -98,11 +122,14 @@ from vecsim.kernel.token_state import (
     blocks_for,
     class_of,
     full_blocks,
+    is_decode,
     join_punctual,
     let_go,
     note_gaps,
     open_room,
+    put_last,
     settle,
+    take_first,
 )
 
 # Look for an interruption once in so many steps
@@ -155,9 +182,60 @@ def let_ended_go(work, load, cache, memory, policy):
         computed = int(prompt[r]) + int(output[r]) - 1
         held = int(own[HELD, r]) if policy.hold == RESERVED else blocks_for(computed, memory.block_size, memory.shift)
         full = full_blocks(computed, memory.block_size, memory.shift)
-        let_go(work.counts, cache, memory, request, held, full, False)
-    counts[ENDED] = 0
+        if own[KV, r] < 0:
+            counts[RUNNING] -= 1
+        else:
+            let_go(counts, cache, memory, request, held, full, False)
+    counts[ENDED] = counts[REPORTED] = 0
     counts[BLOCKED] = 0
+
+
+@inlined
+def never_fits(policy, memory, prompt, output, cap):
+    """Whether an engine can't serve a request even when it has no other."""
+    reserved = blocks_for(reservation(policy, prompt, output, cap), memory.block_size, memory.shift)
+    return (
+        prompt + output > policy.longest or reserved > memory.blocks or (not policy.chunked and prompt > policy.budget)
+    )
+
+
+@bare
+def reset(counts, sums, first, residues, unclip, late, memory, cache, ratio):
+    """An engine that has done nothing yet. Requests are not its own: they are reset where they are made."""
+    counts[:] = 0
+    counts[GAP_LOW] = GAP_BINS
+    counts[QUEUE_HEAD] = counts[HEAP] = counts[INBOX_HEAD] = -1
+    counts[FREE] = memory.blocks
+    sums[:] = 0.0
+    sums[RATIO] = ratio
+    first[:] = -1
+    residues[: memory.block_size] = 0
+    unclip[:] = 0
+    late[:] = 0
+    if memory.caching:
+        kv.reset(counts, cache.nodes, cache.node_of, memory.blocks)
+
+
+@bare
+def reset_requests(own, times, owned, requests, caching):
+    """Requests that nobody has seen yet."""
+    own[HELD : KV + 1, :requests] = 0  # `UNSEEN`
+    times[: ENDED_AT + 1, :requests] = np.nan
+    if caching:
+        owned[kv.RUN_NODE] = -1
+        owned[kv.NAMED] = 0
+
+
+@inlined
+def report(work, load, memory):
+    """Have routers know of what the step did that has just ended."""
+    counts, prompt = work.counts, load.prompt_tokens
+    counts[BEGUN_BLOCKS] += counts[BEGINNING]
+    counts[BEGINNING] = 0
+    for i in range(counts[REPORTED], counts[ENDED]):
+        counts[LEFT] += 1
+        counts[LEFT_BLOCKS] += blocks_for(prompt[unsigned(work.ended[unsigned(i)])], memory.block_size, memory.shift)
+    counts[REPORTED] = counts[ENDED]
 
 
 @bare_entry
@@ -186,14 +264,15 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     counts, sums, gaps, own, times = work.counts, work.sums, work.gaps, work.own, work.times
     first, residues, unclip = work.first, work.residues, work.unclip
     prefills, chunk_of, chunk_tokens, stack = work.prefills, work.chunk_of, work.chunk_tokens, work.stack
-    waiting, heap, coming, ended = work.waiting, work.heap, work.coming, work.ended
+    coming, ended = work.coming, work.ended
     joined, joined_at, starving = work.joined, work.joined_at, work.starving
     recorded_times, recorded_counts = record.times, record.counts
     blocks, block_size, shift, caching = memory.blocks, memory.block_size, memory.shift, memory.caching
     grows = policy.hold != RESERVED
     room_for = recorded_times.shape[1]
     is_plain = (
-        is_formula(model.formula)
+        load.visit == ALONE
+        and is_formula(model.formula)
         and grows
         and not (caching or room_for > 0 or load.closed or follower.size > 0)
         and not (policy.asynchronous or policy.prefill_only or policy.custom or policy.threshold > 0)
@@ -201,32 +280,24 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         and not load.watches_gaps
     )
 
-    gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
-    counts[:] = 0
-    counts[GAP_LOW] = GAP_BINS
-    sums[:] = 0.0
-    sums[RATIO] = policy.ratio
-    first[:] = -1
-    residues[:block_size] = 0
-    unclip[:] = 0
-    work.late[:] = 0
-    counts[FREE] = blocks
-    own[HELD : LATE + 1, : prompt.size] = 0  # `UNSEEN`
-    times[: ENDED_AT + 1, : prompt.size] = np.nan
-    if caching:
-        kv.reset(counts, cache.nodes, cache.node_of, blocks)
-        cache.owned[kv.RUN_NODE] = -1
-        cache.owned[kv.NAMED] = 0
+    alone = load.visit == ALONE
+    if alone:
+        gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
+        reset_requests(own, times, cache.owned, prompt.size, caching)
+    if load.visit <= BEGINS:
+        reset(counts, sums, first, residues, unclip, work.late, memory, cache, policy.ratio)
+    if load.visit == BEGINS:
+        return DONE
 
-    t = 0.0
-    static = min(load.static, prompt.size)
+    t = sums[END_TIME]
+    static = min(load.static, prompt.size) if alone else 0
     static_due = arrived_at[0] + load.before_queue if static > 0 else np.inf
-    dynamic_due = np.inf
+    dynamic_due = np.inf if counts[INBOX_HEAD] < 0 else -np.inf
     counts[ISSUED] = static
     measured_from = warmup
-    measuring = warmup <= 0.0
-    all_steps = whole(0)  # a literal 0 would compile `cruise` and `coast` once more
-    watch = WATCH
+    measuring = warmup <= 0.0 or not alone
+    all_steps = whole(counts[ALL_STEPS])  # a literal would compile `cruise` and `coast` once more
+    watch = all_steps + WATCH
     status = DONE
 
     while t < time_limit:
@@ -242,6 +313,9 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             measuring = True
             forget_steps(counts, sums, gaps)
 
+        if not alone:
+            report(work, load, memory)
+
         begin = t
         due = min(static_due, dynamic_due)
         steps = chunks = decodes = was_starved = 0
@@ -256,7 +330,10 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 if counts[ENDED] > 0 and not (policy.into_empty and counts[DECODING] + counts[PREFILLING] > 0):
                     let_ended_go(work, load, cache, memory, policy)
                 while due <= t:
-                    if static_due <= dynamic_due:
+                    if counts[INBOX_HEAD] >= 0:
+                        request = take_first(counts, own, INBOX_HEAD)
+                        dynamic_due = np.inf if counts[INBOX_HEAD] < 0 else -np.inf
+                    elif static_due <= dynamic_due:
                         request = int(counts[ARRIVALS])
                         counts[ARRIVALS] += 1
                         static_due = (
@@ -268,16 +345,12 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                         dynamic_due = times[SINCE, unsigned(coming[0])] if counts[COMING] > 0 else np.inf
                     r = unsigned(request)
                     counts[ENQUEUED] += 1
-                    own[COMPUTED, r] = 0
-                    own[GENERATED, r] = 0
-                    times[SINCE, r] = arrived_at[r] + load.before_queue
+                    if alone:
+                        own[COMPUTED, r] = 0
+                        own[GENERATED, r] = 0
+                        times[SINCE, r] = arrived_at[r] + load.before_queue
                     prompt_tokens, output_tokens, cap = int(prompt[r]), int(output[r]), int(caps[r])
-                    if (
-                        prompt_tokens + output_tokens > policy.longest
-                        or blocks_for(reservation(policy, prompt_tokens, output_tokens, cap), block_size, shift)
-                        > blocks
-                        or (not policy.chunked and prompt_tokens > policy.budget)
-                    ):
+                    if never_fits(policy, memory, prompt_tokens, output_tokens, cap):
                         own[STATE, r] = DROPPED_AT_ONCE
                         counts[DROPPED] += 1
                         if load.closed:
@@ -291,8 +364,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                         own[STATE, r] = QUEUED
                         counts[WAITING] += 1
                         if policy.order == FIRST_COME:
-                            waiting[unsigned(counts[QUEUE_TAIL] & (waiting.size - 1))] = request
-                            counts[QUEUE_TAIL] += 1
+                            put_last(counts, own, QUEUE_HEAD, request)
                         else:
                             class_ = class_of(load, r)
                             if policy.order == SHORTEST_PROMPT:
@@ -304,8 +376,9 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                             else:
                                 rank = arrived_at[r] + ttft_limits[class_]
                             times[RANK, r] = rank
-                            push(heap, counts[HEAP], request, times[RANK], arrived_at)
-                            counts[HEAP] += 1
+                            counts[HEAP] = enter(
+                                counts[HEAP], request, own[AFTER], own[BEFORE], times[RANK], arrived_at
+                            )
                             counts[BLOCKED] = 0
                     due = min(static_due, dynamic_due)
                 if status != DONE or chunks + decodes > 0:
@@ -328,9 +401,18 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     t = sums[NOW]
                     status = counts[STATUS]
                 elif can_coast(counts, sums, policy, t):
+                    if sums[HORIZON] > 0.0:
+                        if t >= sums[FORESEEN]:
+                            sums[FORESEEN] = foresee(
+                                counts, first, residues, memory, model, own_duration, t, sums[HORIZON], WATCH
+                            )
+                            if sums[FORESEEN] > t:
+                                status = COASTING
+                                break
+                        horizon = min(horizon, sums[FORESEEN])
                     steps = coast(
                         counts, sums, first, residues, gaps, memory, model, cache, record, own_duration, t, due,
-                        horizon, all_steps, watch,
+                        horizon, all_steps, watch, load.worker,
                     )  # fmt: skip
                     coasted = steps > 0
                     if coasted:
@@ -352,6 +434,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             break
         if chunks + decodes == 0 and not coasted:
             if due >= time_limit or due == np.inf:
+                status = DONE if alone else IDLE
                 break
             t = due
             continue
@@ -366,7 +449,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 r = unsigned(chunk_of[unsigned(i)])
                 tokens = int(chunk_tokens[unsigned(i)])
                 computed = int(own[COMPUTED, r])
-                if own[GENERATED, r] > 0 and prompt[r] + own[GENERATED, r] - computed == 1:
+                if is_decode(own, r, prompt[r] + own[GENERATED, r] - computed):
                     decode_requests += 1
                     decode_context += computed + 1
                 else:
@@ -400,6 +483,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 recorded_counts[STEP_DECODES, at] = decode_requests
                 recorded_counts[STEP_USED, at] = blocks - counts[FREE]
                 recorded_counts[STEP_RUNNING, at] = counts[RUNNING]
+                recorded_counts[STEP_WORKER, at] = load.worker
             all_steps += 1
             held = blocks - counts[FREE]
             scheduled = prefill_requests + decode_requests
@@ -489,6 +573,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             if own[GENERATED, r] == 0:
                 times[FIRST_AT, r] = t
                 times[LAST_AT, r] = t
+                counts[BEGINNING] += blocks_for(prompt[r], block_size, shift)
             else:
                 add_gaps(counts, sums, gaps, t - times[LAST_AT, r], whole(1))
             if load.watches_gaps:
@@ -549,11 +634,11 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     next_ = int(follower[r])
                     issue(work, load, next_, seen + think[unsigned(next_)])
                     dynamic_due = times[SINCE, unsigned(coming[0])]
-            if status != DONE:
+            if status != DONE or load.visit == STOPS:
                 break
     if not measuring:
         forget_steps(counts, sums, gaps)
-    if t < time_limit < np.inf and status == DONE:
+    if alone and t < time_limit < np.inf and status == DONE:
         t = time_limit
     sums[END_TIME] = t
     counts[ALL_STEPS] = all_steps

@@ -5,12 +5,14 @@ O(1) and O(1) a scheduled chunk. All that a batcher decides are the values of a 
 
 from vecsim.kernel import kv
 from vecsim.kernel.address import call_rule
-from vecsim.kernel.heap import pop, push
+from vecsim.kernel.heap import enter, leave
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.state import AS_SCHEDULED, FEWEST_TOKENS, LAST, LEAST_URGENT, RESERVED, WHOLE_PROMPT, TokenBatch
 from vecsim.kernel.token_state import (
+    AFTER,
     BACKLOG,
+    BEFORE,
     BLOCKED,
     CHUNKS,
     CLIPPED,
@@ -28,6 +30,7 @@ from vecsim.kernel.token_state import (
     HELD,
     HIT,
     HIT_TOKENS,
+    KV,
     LAST_AT,
     LAST_DECODE,
     NEWCOMERS,
@@ -39,7 +42,6 @@ from vecsim.kernel.token_state import (
     PREFILLING,
     PROMPT_TOKENS,
     QUEUE_HEAD,
-    QUEUE_TAIL,
     QUEUED,
     RANK,
     RATIO,
@@ -62,10 +64,14 @@ from vecsim.kernel.token_state import (
     full_blocks,
     generated,
     is_active,
+    is_decode,
     let_go,
     open_room,
+    put_first,
+    put_last,
     put_on_stack,
     settle,
+    take_first,
 )
 
 
@@ -127,7 +133,7 @@ def preempt(work, load, cache, memory, policy, request, t):
     """Free all that a running request holds; it waits again, and will compute its tokens anew."""
     counts, sums, own, times = work.counts, work.sums, work.own, work.times
     arrived_at, prompt, output, caps = load.arrived_at, load.prompt_tokens, load.output_tokens, load.max_tokens
-    first, residues, prefills, waiting, heap = work.first, work.residues, work.prefills, work.waiting, work.heap
+    first, residues, prefills = work.first, work.residues, work.prefills
     unclip, joined, joined_at = work.unclip, work.joined, work.joined_at
     r = unsigned(request)
     step = int(counts[STEP])
@@ -164,20 +170,18 @@ def preempt(work, load, cache, memory, policy, request, t):
     let_go(work.counts, cache, memory, request, held, full_blocks(computed, memory.block_size, memory.shift), True)
     own[STATE, r] = QUEUED
     own[COMPUTED, r] = 0
+    own[KV, r] = min(own[KV, r], 0)
     own[PREEMPTIONS, r] += 1
     times[SINCE, r] = t
     counts[PREEMPTED] += 1
     counts[WAITING] += 1
     counts[BLOCKED] = 0
     if policy.order != FIRST_COME:
-        push(heap, counts[HEAP], request, times[RANK], arrived_at)
-        counts[HEAP] += 1
+        counts[HEAP] = enter(counts[HEAP], request, own[AFTER], own[BEFORE], times[RANK], arrived_at)
     elif policy.to_back:
-        waiting[unsigned(counts[QUEUE_TAIL] & (waiting.size - 1))] = request
-        counts[QUEUE_TAIL] += 1
+        put_last(counts, own, QUEUE_HEAD, request)
     else:
-        counts[QUEUE_HEAD] -= 1
-        waiting[unsigned(counts[QUEUE_HEAD] & (waiting.size - 1))] = request
+        put_first(counts, own, QUEUE_HEAD, request)
 
 
 @bare
@@ -280,7 +284,7 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
     counts, sums, own, times = work.counts, work.sums, work.own, work.times
     arrived_at, prompt, caps = load.arrived_at, load.prompt_tokens, load.max_tokens
     prefills, chunk_of, chunk_tokens = work.prefills, work.chunk_of, work.chunk_tokens
-    stack, waiting, heap = work.stack, work.waiting, work.heap
+    stack = work.stack
     block_size, shift = memory.block_size, memory.shift
     longest = 0
     promised = 0
@@ -295,21 +299,21 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
             return
         if policy.one_prompt and counts[PREFILLING] > 0:
             return
-        if policy.order == FIRST_COME:
-            request = int(waiting[unsigned(counts[QUEUE_HEAD] & (waiting.size - 1))])
-        else:
-            request = int(heap[0])
+        request = int(counts[QUEUE_HEAD] if policy.order == FIRST_COME else counts[HEAP])
         r = unsigned(request)
         so_far = int(own[GENERATED, r])
         known = int(prompt[r]) + so_far
         found = idle = 0
-        if memory.caching:
-            shared, own_start = blocks_with_ids(cache, memory, request)
+        shared, own_start = blocks_with_ids(cache, memory, request)
+        loaded = max(int(own[KV, r]), 0)
+        if loaded > 0:
+            found = int(own[HELD, r])
+        elif memory.caching:
             found, idle = kv.look_up(
                 cache.nodes, cache.node_of, cache.owned, cache.ids, shared, request,
                 full_blocks(known - 1, block_size, shift),
             )  # fmt: skip
-        cached = found * block_size
+        cached = loaded if loaded > 0 else found * block_size
         rest = known - cached
         tokens = rest
         cut = False
@@ -358,25 +362,25 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
             promised += blocks_for(tokens, block_size, shift) * block_size + more
         # Admitted
         if policy.order == FIRST_COME:
-            counts[QUEUE_HEAD] += 1
+            take_first(counts, own, QUEUE_HEAD)
         else:
-            pop(heap, counts[HEAP], times[RANK], arrived_at)
-            counts[HEAP] -= 1
+            counts[HEAP] = leave(counts[HEAP], own[AFTER], own[BEFORE], times[RANK], arrived_at)
         counts[WAITING] -= 1
         counts[RUNNING] += 1
         sums[BACKLOG] += max(t - max(times[SINCE, r], measured_from), 0.0)
         if own[PREEMPTIONS, r] == 0:
             times[STARTED_AT, r] = t
-            own[HIT, r] = cached
-            if arrived_at[r] >= measured_from:
-                counts[PROMPT_TOKENS] += prompt[r]
-                counts[HIT_TOKENS] += cached
+            if loaded == 0:
+                own[HIT, r] = cached
+                if arrived_at[r] >= measured_from:
+                    counts[PROMPT_TOKENS] += prompt[r]
+                    counts[HIT_TOKENS] += cached
         own[HELD, r] = found
         own[COMPUTED, r] = cached
         own[STATE, r] = PREFILL
         own[STARVING, r] = 0
         put_on_stack(counts, own, stack, request)
-        if memory.caching:
+        if memory.caching and loaded == 0:
             kv.claim(
                 counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request, found
             )
@@ -384,7 +388,7 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         counts[PREFILLING] += 1
         schedule(work, cache, memory, request, tokens, hold)
         left -= cost if not policy.custom else 0
-        sent += 0 if so_far > 0 and rest == 1 else tokens
+        sent += 0 if is_decode(own, r, rest) else tokens
         longest = max(longest, tokens)
         if cut:
             return
@@ -492,7 +496,7 @@ def form(work, load, cache, memory, policy, own_rule, measured_from, t):
         # Requests that have one token left to compute decode, though they are not in the calendar.
         for i in range(0 if walked else counts[PREFILLING]):
             r = unsigned(prefills[unsigned(i)])
-            left -= own[GENERATED, r] > 0 and prompt[r] + own[GENERATED, r] - own[COMPUTED, r] == 1
+            left -= is_decode(own, r, prompt[r] + own[GENERATED, r] - own[COMPUTED, r])
 
     # Prompts that go on
     sent = taken = 0
@@ -501,7 +505,7 @@ def form(work, load, cache, memory, policy, own_rule, measured_from, t):
         request = int(prefills[unsigned(i)])
         r = unsigned(request)
         rest = int(prompt[r] + own[GENERATED, r] - own[COMPUTED, r])
-        is_single = rest == 1 and own[GENERATED, r] > 0
+        is_single = is_decode(own, r, rest)
         if is_single:
             tokens = 1
         elif policy.custom:

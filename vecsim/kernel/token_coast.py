@@ -44,6 +44,7 @@ from vecsim.kernel.token_state import (
     STEP_QUEUE,
     STEP_RUNNING,
     STEP_USED,
+    STEP_WORKER,
     WAITING,
     add_gaps_between,
     add_steps,
@@ -72,6 +73,7 @@ def can_coast(counts, sums, policy, t):
 @bare
 def coast(
     counts, sums, first, residues, gaps, memory, model, cache, record, own_duration, t, due, horizon, all_steps, watch,
+    worker,
 ):  # fmt: skip
     """Make steps that do nothing but decode, until something else can happen; returns how many. O(1) each.
 
@@ -118,6 +120,7 @@ def coast(
             record.counts[STEP_DECODES, at] = decoding
             record.counts[STEP_USED, at] = blocks - free
             record.counts[STEP_RUNNING, at] = counts[RUNNING]
+            record.counts[STEP_WORKER, at] = worker
         gaps[unsigned(gap_bin(gap))] += decoding
         shortest = min(shortest, gap)
         longest = max(longest, gap)
@@ -147,6 +150,32 @@ def coast(
         add_gaps_between(counts, sums, samples, decoding * spent, shortest, longest)
         add_steps(counts, sums, steps, samples, samples, counts[RUNNING] * spent, used, blocks - free)
     return steps
+
+
+@bare
+def foresee(counts, first, residues, memory, model, own_duration, t, horizon, most):
+    """When `coast` would end if nobody came; changes nothing. O(steps)."""
+    block_size = memory.block_size
+    decoding = int(counts[DECODING])
+    free = int(counts[FREE])
+    step = int(counts[STEP])
+    context = int(counts[CONTEXT])
+    phase = step & (block_size - 1) if memory.shift >= 0 else step % block_size
+    last_step = step + most
+    while step < last_step and t < horizon:
+        free -= int(residues[unsigned(phase)])
+        if free < 0:
+            break
+        after = t + duration(model, decodes_of(model.formula, decoding, context), own_duration)
+        if not after > t:
+            break
+        context += decoding
+        step += 1
+        phase = phase + 1 if phase + 1 < block_size else 0
+        t = after
+        if first[unsigned((step - 1) & (first.size - 1))] >= 0:
+            break
+    return t
 
 
 @bare

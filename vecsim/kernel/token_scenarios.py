@@ -5,19 +5,22 @@ import math
 import numpy as np
 
 from vecsim.kernel import token_state
-from vecsim.kernel.address import call_token_loop
+from vecsim.kernel.address import call_fleet_loop, call_token_loop
 from vecsim.kernel.jit import bare, entry, inner, unsigned
 from vecsim.kernel.quantiles import weighted_quantiles
 from vecsim.kernel.scenarios import fill_arrivals
 from vecsim.kernel.state import (
+    ALONE,
     DONE,
     INTERRUPTED,
     OUT_OF_REQUESTS,
     TOO_LONG,
     Cache,
+    Fleet,
     Formula,
     Memory,
     Policy,
+    Router,
     StepModel,
     TokenLoad,
 )
@@ -53,7 +56,15 @@ FIELDS = (
     "before_queue",
     "per_token",
     "at_completion",
+    "fleet",  # its row in the fleets, -1 if it is one engine alone
+    "seed",
 )
+
+# What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its router
+FLEET_FIELDS = ("first_group", "groups", "workers", *Router._fields[:-1])
+FIRST_GROUP, GROUPS, WORKERS, ROUTER = range(4)
+# What each kind is told: the numbers of an engine, and how many workers there are of it
+GROUP_WORKERS = len(FIELDS)
 
 POLICY = 0
 MEMORY = POLICY + len(Policy._fields)
@@ -63,8 +74,8 @@ TABLES, TERMS, ARRIVALS, RATE, REQUESTS, THINK, STAGE, STAGES, REPEATS, CAPPED =
 )
 (
     PREFIX_TOKENS, PREFIX_GROUPS, SESSIONS, SESSION_THINK, TRACE, ID_BLOCKS, FIRST_CLASS, CLASSES, BEFORE_QUEUE,
-    PER_TOKEN, AT_COMPLETION,
-) = range(FIELDS.index("prefix_tokens"), FIELDS.index("prefix_tokens") + 11)  # fmt: skip
+    PER_TOKEN, AT_COMPLETION, FLEET, SEED,
+) = range(FIELDS.index("prefix_tokens"), FIELDS.index("prefix_tokens") + 13)  # fmt: skip
 
 # Fields of a class
 URGENCY, TTFT_LIMIT, TPOT_LIMIT, ITL_LIMIT, E2E_LIMIT, CLASS_FIELDS = range(6)
@@ -423,13 +434,38 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
 SCALARS = 22
 
 
+@inner
+def router_of(row, seed):
+    return Router(int(row[ROUTER]), row[ROUTER + 1] != 0, int(seed))
+
+
+@inner
+def room_of(fleet, groups, workers):
+    """The room of so many workers, each of its kind."""
+    at = 0
+    for group in range(groups.shape[0]):
+        for _ in range(int(groups[group, GROUP_WORKERS])):
+            fleet.group[at] = group
+            at += 1
+    leaves = 1
+    while leaves < workers:
+        leaves *= 2
+    return Fleet(
+        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers], fleet.sent_blocks[:workers],
+        fleet.turn, fleet.bound, fleet.worker, fleet.clock[: 2 * leaves], fleet.loads[: 2 * leaves], fleet.unmeasured,
+        fleet.counts, fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of,
+        fleet.chunk_tokens, fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late,
+        fleet.starving, fleet.nodes, fleet.node_of,
+    )  # fmt: skip
+
+
 @entry
-def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
+def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, first, last, job):
     """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one.
 
-    The step loop is called by its address, and so are the user's own rule of a batcher and step time where a scenario
-    has them: compiled into this, the loop would be optimised again as a part of it, which takes as long as compiling
-    it.
+    The loops of an engine and of a fleet are called by their addresses, and so are the user's own rule of a batcher and
+    step time where a scenario has them: compiled into this, the loop would be optimised again as a part of it, which
+    takes as long as compiling it.
     """
     scratch, work, streams = job.scratch, job.work, job.streams
     n = 0
@@ -466,6 +502,8 @@ def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
             itl_limits,
             watches_gaps,
             static,
+            ALONE,
+            0,
             int(p[ARRIVALS]) == CLOSED,
             p[THINK],
             p[BEFORE_QUEUE],
@@ -489,13 +527,28 @@ def run_token_scenarios(step_loop, own_rule, own_duration, first, last, job):
             scratch.shared[: n if with_ids > 0 else 0],
             scratch.own_start,
         )
-        status = call_token_loop(
-            step_loop,
-            (
-                policy, memory, model_of(p, streams), load, work, cache, job.record, job.time_limit, job.warmup,
-                job.stop, own_rule, own_duration,
-            ),
-        )  # fmt: skip
+        if p[FLEET] < 0:
+            status = call_token_loop(
+                step_loop,
+                (
+                    policy, memory, model_of(p, streams), load, work, cache, job.record, job.time_limit, job.warmup,
+                    job.stop, own_rule, own_duration,
+                ),
+            )  # fmt: skip
+        else:
+            numbers = streams.fleets[int(p[FLEET])]
+            first_group = int(numbers[FIRST_GROUP])
+            groups = streams.groups[first_group : first_group + int(numbers[GROUPS])]
+            tables = StepModel(
+                model_of(p, streams).formula, 1, streams.terms, streams.grids, streams.values, streams.outside
+            )
+            status = call_fleet_loop(
+                fleet_loop,
+                (
+                    step_loop, router_of(numbers, p[SEED]), room_of(job.fleet, groups, int(numbers[WORKERS])), groups,
+                    tables, load, work, cache, job.record, job.time_limit, job.warmup, job.stop, own_rule, own_duration,
+                ),
+            )  # fmt: skip
         job.status[row] = status
         if status == INTERRUPTED:
             break

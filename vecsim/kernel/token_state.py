@@ -15,17 +15,26 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
     _FREE, _SPARE, _UNUSED, RUNNING, DECODING, CONTEXT, STEP, PREFILLING, QUEUE_HEAD, QUEUE_TAIL, HEAP, WAITING, STACK,
     PREEMPTED, DROPPED, GAPS, GAP_LOW, GAP_HIGH, MAX_QUEUE, STEPS, SCHEDULED, TOKENS, PROMPT_TOKENS, HIT_TOKENS, PEAK,
     ENDED, COMING, ISSUED, CLIPPED, OPEN, OPEN_SUM, ENQUEUED, CHUNKS, DECODES, DECODE_CONTEXT, BLOCKED, STARVED, GROUPS,
-    TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, COUNTS,
-) = range(44)  # fmt: skip
+    TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, INBOX_HEAD, INBOX_TAIL, MEASURING, REPORTED, LEFT, LEFT_BLOCKS,
+    BEGUN_BLOCKS, BEGINNING, COUNTS,
+) = range(52)  # fmt: skip
+
+# `INBOX_HEAD` is the first of those sent to a worker that it hasn't looked at. For routers: `LEFT` requests have
+# ended, with prompts of `LEFT_BLOCKS`; `BEGUN_BLOCKS` are the prompts of those that have a first token. `BEGINNING` of
+# them, and the ended ones from `REPORTED` on, are so only when the step that is under way ends.
 
 # Places in `sums`
-GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGEST, SUMS = range(11)
+# A worker of a fleet doesn't coast at once: up to `HORIZON` (0: it does) it finds out when something else can happen,
+# `FORESEEN`, and coasts when that is certain.
+GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGEST, HORIZON, FORESEEN, SUMS = range(13)
 
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
-# had none yet: so it needs no touch.
+# had none yet: so it needs no touch. `AFTER` and `BEFORE` tie it to others in the calendar then, in the queue before.
+# `KV` is how many tokens' keys and values were brought here for it; below 0, what it holds stays when it ends.
 (
-    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, OWN_ROWS,
-) = range(14)  # fmt: skip
+    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, KV,
+    OWN_ROWS,
+) = range(15)  # fmt: skip
 
 # Rows of `times` [request], seconds. `SINCE` is since when it waits; until it arrives, when it will.
 STARTED_AT, FIRST_AT, ENDED_AT, LAST_AT, RANK, SINCE, TIME_ROWS = range(7)
@@ -41,8 +50,9 @@ TOO_LATE = -1
 BEGIN, LASTS, RECORDED_TIMES = range(3)
 
 (
-    STEP_QUEUE, STEP_PREFILLS, STEP_PREFILL_TOKENS, STEP_DECODES, STEP_USED, STEP_RUNNING, RECORDED_COUNTS,
-) = range(7)  # fmt: skip
+    STEP_QUEUE, STEP_PREFILLS, STEP_PREFILL_TOKENS, STEP_DECODES, STEP_USED, STEP_RUNNING, STEP_WORKER,
+    RECORDED_COUNTS,
+) = range(8)  # fmt: skip
 
 # The times between tokens are counted in bins of a relative width of 2**-8
 GAP_SHIFT = 44
@@ -50,6 +60,40 @@ GAP_SHIFT = 44
 GAP_FIRST = (1023 - 20) << 8
 
 GAP_BINS = 60 * 256 + 1
+
+
+@inlined
+def put_last(counts, own, head, request):
+    """Put a request at the end of a list; `head` is the place of its head in `counts`, its tail is the one after."""
+    own[AFTER, unsigned(request)] = -1
+    if counts[head] < 0:
+        counts[head] = request
+    else:
+        own[AFTER, unsigned(counts[head + 1])] = request
+    counts[head + 1] = request
+
+
+@inlined
+def put_first(counts, own, head, request):
+    """Put a request at the front of a list."""
+    own[AFTER, unsigned(request)] = counts[head]
+    if counts[head] < 0:
+        counts[head + 1] = request
+    counts[head] = request
+
+
+@inlined
+def take_first(counts, own, head):
+    """Take the first request of a list."""
+    request = int(counts[head])
+    counts[head] = own[AFTER, unsigned(request)]
+    return request
+
+
+@inlined
+def is_decode(own, request, rest):
+    """Whether a request with so many tokens left to compute decodes, though it is not in the calendar."""
+    return rest == 1 and (own[GENERATED, unsigned(request)] > 0 or own[KV, unsigned(request)] > 0)
 
 
 @inlined

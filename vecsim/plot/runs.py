@@ -21,6 +21,7 @@ from vecsim.plot.style import (
     heading,
     ticks_at_integers,
 )
+from vecsim.series import total_over_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -302,6 +303,8 @@ def phase_image(times: Timeline, slots: int, end: float, rows: int, columns: int
 def draw_queue(axis: "Axes", run: "Run", *, fill: bool = False, **style: Any) -> None:
     """Queue size over time: the range in each of many columns where there are more steps than that."""
     time, queue = run.steps.time.values, run.steps.queue_size.values
+    if "worker" in run.steps:
+        time, queue = total_over_time(time, queue, run.steps.worker.values)
     end = float(run.metrics.end_time)
     if not time.size:
         time, queue = np.zeros(1), np.zeros(1, np.int64)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vecsim.fleet import Cluster
 from vecsim.kernel.state import Array
 from vecsim.plot.runs import COLUMNS, draw_latencies, draw_queue, finish, legend
 from vecsim.plot.style import DECODE, E2E, PHASES, PREFILL, TTFT, Picture, heading, ticks_at_integers
@@ -18,10 +19,15 @@ def draw(run: "Run") -> Any:
     """Batch composition, tokens computed, KV memory, queue and latencies on one time axis; see `vecsim.plot.run`."""
     if not run.steps.sizes["step"]:
         return draw_nothing(run)
-    heights = [2.0, 1.1, *([1.1] if has_memory(run) else []), 1.0, 1.6]
+    workers = [float(np.clip(0.25 * run.engine.workers, 1.0, 4.0))] if isinstance(run.engine, Cluster) else []
+    heights = [*workers, 2.0, 1.1, *([1.1] if has_memory(run) else []), 1.0, 1.6]
     figure = Picture(figsize=(11, sum(heights) + 1.6), layout="constrained")
     axes = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     edges = columns(run)
+    if workers:
+        from vecsim.plot.fleets import draw_workers
+
+        draw_workers(axes.pop(0), run, edges)
     draw_batch(axes[0], run, edges)
     draw_tokens(axes[1], run, edges)
     if has_memory(run):
@@ -59,8 +65,7 @@ def why_nothing(run: "Run") -> str:
 
 def has_memory(run: "Run") -> bool:
     """Whether the run's KV memory has an end."""
-    cache = run.engine.kv_cache
-    return cache is not None and cache.blocks is not None
+    return run.engine.kv_blocks is not None
 
 
 def columns(run: "Run") -> Array:
@@ -68,9 +73,18 @@ def columns(run: "Run") -> Array:
     return np.linspace(0.0, float(run.metrics.end_time) or 1.0, COLUMNS // 2 + 1)
 
 
-def mean_over_time(run: "Run", values: Array, edges: Array) -> Array:
-    """Time-weighted mean of the steps' values in each column; 0 where the engine is idle."""
-    begin, lasts = run.steps.time.values, run.steps.duration.values
+def mean_over_time(run: "Run", values: Array, edges: Array, chosen: Array | None = None) -> Array:
+    """Time-weighted mean of the steps' values in each column; 0 where the engine is idle.
+
+    Of a fleet the sum over its workers; `chosen` are the steps of one.
+    """
+    if chosen is None and "worker" in run.steps:
+        worker = run.steps.worker.values
+        by_worker = np.split(np.argsort(worker, kind="stable"), np.flatnonzero(np.diff(np.sort(worker))) + 1)
+        return sum((mean_over_time(run, values, edges, own) for own in by_worker), np.zeros(edges.size - 1))
+    steps = run.steps if chosen is None else run.steps.isel(step=chosen)
+    values = values if chosen is None else values[chosen]
+    begin, lasts = steps.time.values, steps.duration.values
     knots = np.stack([begin, begin + lasts], -1).ravel()
     spent = np.cumsum(np.stack([np.zeros(begin.size), lasts * values], -1).ravel())
     if not knots.size:
@@ -95,9 +109,8 @@ def tokens_per_second(run: "Run", edges: Array) -> tuple[Array, Array]:
 
 def memory_in_use(run: "Run", edges: Array) -> Array:
     """Mean share of KV memory that is held in each column [%]."""
-    assert run.engine.kv_cache is not None
-    assert run.engine.kv_cache.blocks is not None
-    return 100 * mean_over_time(run, run.steps.kv_blocks.values, edges) / run.engine.kv_cache.blocks
+    assert run.engine.kv_blocks is not None
+    return 100 * mean_over_time(run, run.steps.kv_blocks.values, edges) / run.engine.kv_blocks
 
 
 def draw_batch(axis: "Axes", run: "Run", edges: Array) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vecsim.axes import plan
 from vecsim.engine import Engine
+from vecsim.fleet import Cluster
 from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variables, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
@@ -23,7 +24,7 @@ INSTANTS = 201  # at which a kept queue is looked at
 
 
 def sweep(
-    engine: Engine,
+    engine: Engine | Cluster,
     time_limit: float | None = None,
     *,
     warmup: float = 0.0,
@@ -37,7 +38,7 @@ def sweep(
 
     Parameters
     ----------
-    engine : Engine
+    engine : Engine or Cluster
         What is varied.
     time_limit : float, optional
         Each run ends at the first boundary at or after it [ticks, or seconds in the token model]. In the token model
@@ -72,8 +73,8 @@ def sweep(
     ValueError
         When an axis is unknown, ambiguous, empty or has a wrong value, or the sweep would not fit in memory.
     """
-    if not isinstance(engine, Engine):
-        raise ValueError(f"engine must be an Engine, got {engine!r}")
+    if not isinstance(engine, Engine | Cluster):
+        raise ValueError(f"engine must be an Engine or a Cluster, got {engine!r}")
     time_limit, warmup = check_times(time_limit, warmup, engine.is_token)
     wanted = check_quantiles(quantiles)
     if keep == "queue" and time_limit == np.inf:
@@ -96,7 +97,7 @@ def sweep(
     dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs, token, classes)
     dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
-        dataset = dataset.assign(record_variables(results.record, dims, shape))
+        dataset = dataset.assign(record_variables(results.record, dims, shape, isinstance(engine, Cluster)))
     if keep == "queue":
         dataset = dataset.assign(queue_variables(results.queue, instants, dims, shape, token))
     return dataset

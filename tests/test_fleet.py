@@ -1,0 +1,144 @@
+"""Fleets against engines alone, other simulators and queueing theory."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import vecsim as sim
+
+LOAD = sim.PoissonLoadGenerator(
+    request_rate=12.0,
+    requests=300,
+    prompt_tokens=sim.LogNormal(mean=300, std=300),
+    output_tokens=sim.LogNormal(mean=60, std=60),
+    seed=3,
+)
+POOL = {
+    "max_batch_size": 8,
+    "step_time": sim.LinearStepTime(base=5e-3, per_request=1e-4, per_prefill_token=2e-5, per_context_token=1e-8),
+    "kv_cache": sim.KVCache(blocks=300, block_size=16),
+}
+ROUTERS = [
+    sim.RoundRobinRouter(),
+    sim.RandomRouter(),
+    sim.LeastOutstandingRouter(),
+    sim.PowerOfTwoRouter(),
+    sim.LeastKVRouter(),
+    sim.SessionRouter(),
+]
+
+
+@pytest.mark.parametrize(
+    "batcher",
+    [
+        sim.TokenBudgetBatcher(max_num_batched_tokens=256),
+        sim.TokenBudgetBatcher(async_scheduling=True),
+        sim.TokenBudgetBatcher(order="shortest_prompt"),
+        sim.PrefillFirstBatcher(),
+        sim.ChunkedPrefillBatcher(chunk_tokens=128),
+        sim.NoEvictBatcher(),
+        sim.SGLangBatcher(),
+        sim.StaticBatcher(),
+    ],
+    ids=lambda batcher: batcher.label(),
+)
+@pytest.mark.parametrize("time_limit", [None, 9.0])
+def test_a_fleet_of_one_is_the_engine_alone(batcher, time_limit):
+    engine = sim.Engine(load_generator=LOAD, batcher=batcher, **POOL)
+    cluster = sim.Cluster(pool=sim.Pool(batcher=batcher, **POOL), load_generator=LOAD)
+    one, other = cluster.run(time_limit, warmup=2.0), engine.run(time_limit, warmup=2.0)
+    for name in other.requests:
+        np.testing.assert_array_equal(one.requests[name].values, other.requests[name].values, err_msg=name)
+    for name in other.metrics:
+        # Sums over steps are added up in other portions.
+        np.testing.assert_allclose(one.metrics[name].values, other.metrics[name].values, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+@pytest.mark.parametrize("caching", [False, True])
+def test_every_router_of_one_worker_does_the_same(router, caching):
+    load = sim.ConcurrentLoadGenerator(
+        target_concurrency=12,
+        prompt_tokens=sim.Uniform(low=10, high=400),
+        output_tokens=sim.Uniform(low=1, high=60),
+        prefix=sim.SharedPrefix(tokens=64, groups=3),
+    )
+    pool = POOL | {"kv_cache": sim.KVCache(blocks=300, block_size=16, prefix_caching=caching)}
+    engine = sim.Engine(load_generator=load, batcher=sim.TokenBudgetBatcher(), **pool)
+    cluster = sim.Cluster(pool=sim.Pool(**pool), router=router, load_generator=load)
+    one, other = cluster.run(5.0), engine.run(5.0)
+    for name in other.requests:
+        np.testing.assert_array_equal(one.requests[name].values, other.requests[name].values, err_msg=name)
+
+
+def test_conversations_are_served_by_a_fleet_of_one_as_by_the_engine():
+    load = sim.PoissonLoadGenerator(
+        request_rate=2.0,
+        requests=30,
+        prompt_tokens=50,
+        output_tokens=20,
+        sessions=sim.Sessions(turns=4, think_time=0.5),
+    )
+    pool = POOL | {"kv_cache": sim.KVCache(blocks=300, block_size=16, prefix_caching=True)}
+    engine = sim.Engine(load_generator=load, batcher=sim.TokenBudgetBatcher(), **pool)
+    cluster = sim.Cluster(pool=sim.Pool(**pool), router=sim.SessionRouter(), load_generator=load)
+    one, other = cluster.run(), engine.run()
+    for name in other.requests:
+        np.testing.assert_array_equal(one.requests[name].values, other.requests[name].values, err_msg=name)
+
+
+def test_a_round_robin_over_workers_is_as_many_engines_with_a_share_of_the_requests_each():
+    rng = np.random.default_rng(5)
+    workers, each = 3, 40
+    arrived_at = np.sort(rng.uniform(0, 4, workers * each))
+    prompt, output = rng.integers(1, 500, workers * each), rng.integers(1, 80, workers * each)
+
+    def trace(part):
+        return sim.TraceLoadGenerator(
+            arrived_at=arrived_at[part], prompt_tokens=prompt[part], output_tokens=output[part]
+        )
+
+    cluster = sim.Cluster(pool=sim.Pool(workers=workers, **POOL), load_generator=trace(slice(None))).run()
+    for worker in range(workers):
+        part = slice(worker, None, workers)
+        engine = sim.Engine(batcher=sim.TokenBudgetBatcher(), load_generator=trace(part), **POOL).run()
+        ours = cluster.requests.isel(request=part)
+        np.testing.assert_array_equal(ours.worker, worker)
+        for name in ("started_at", "first_token_at", "completed_at"):
+            np.testing.assert_array_equal(ours[name], engine.requests[name])
+
+
+@pytest.mark.data
+def test_vidurs_four_replicas_are_met(data_folder):
+    folder = data_folder / "golden" / "vidur" / "sarathi_c512_4rep_rr_qps20_n2000"
+    with (folder / "requests.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    run = sim.Cluster(
+        pool=sim.Pool(
+            workers=4,
+            max_batch_size=512,
+            batcher=sim.ChunkedPrefillBatcher(chunk_tokens=512),
+            kv_cache=sim.KVCache(blocks=30208, watermark=0.01),
+            step_time=sim.TableStepTime(file=str(folder / "step_tables_ms_per_layer.npz"), format="vidur"),
+        ),
+        load_generator=sim.read_trace(folder / "requests.csv", "vidur"),
+    ).run()
+    summary = json.loads((folder / "config.json").read_text())["summary"]
+    assert int(run.metrics.steps) == summary["iterations"]
+    completed_at = run.requests.completed_at.values + float(rows[0]["arrived_at"])
+    np.testing.assert_allclose(completed_at, [float(row["completed_at"]) for row in rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+def test_requests_are_conserved_and_threads_do_not_matter(router):
+    cluster = sim.Cluster(pool=sim.Pool(workers=3, **POOL), router=router, load_generator=LOAD)
+    one, two = (
+        sim.sweep(cluster, threads=threads, keep="requests", progress=False, seed=range(4)) for threads in (1, 2)
+    )
+    for name in one:
+        np.testing.assert_array_equal(one[name].values, two[name].values, err_msg=name)
+    assert (one.completed + one.dropped == one.arrived).all()
+    assert (one.arrived == 300).all()
+    assert set(np.unique(one.worker)) <= {-1, 0, 1, 2}
