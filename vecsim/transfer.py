@@ -15,6 +15,17 @@ TRANSPOSE_EFFICIENCY = 0.8
 TRANSPOSE_LAUNCH = 3e-6
 
 
+# A transfer that ends this share of an interval after a poll has ended by then: multiples of it aren't exact
+POLL_SLACK = 1e-9
+
+
+def noticed_at(began, ended, polling):
+    """Rule: when a transfer's end is noticed that is looked for each `polling` since it began."""
+    if polling == 0.0:
+        return ended
+    return max(ended, began + math.ceil((ended - began) / polling - POLL_SLACK) * polling)
+
+
 class Link(Named, frozen=True, kw_only=True):
     """What joins workers: a NIC, or the links inside a server.
 
@@ -274,6 +285,10 @@ class KVTransfer(Declaration, frozen=True, kw_only=True):
         if self.overlap == "none" or not self.layers:
             return time
         return max(time / self.layers, time - self.head_start(prefill))
+
+    def noticed_time(self, time: float) -> float:
+        """Seconds until the end of a transfer of so many is noticed: the next multiple of `polling`."""
+        return noticed_at(0.0, time, self.polling)
 
     def effective_bandwidth(self, size: float, descriptors: int = 0) -> float:
         """Bytes a second that a transfer alone attains, all told: size / `unloaded_time`; infinite if that is 0."""

@@ -25,7 +25,7 @@ COUNT, FIRST, MEMBER_ROWS = range(3)
 # when it will end
 SIZE, LEFT, RATE, AT, END, WORK_ROWS = range(6)
 
-# A transfer's links; the last may be NO_LINK
+# A transfer's links; where there is none, NO_LINK
 SOURCE, DESTINATION, FABRIC, SIDES = range(4)
 NO_LINK = -1
 
@@ -67,13 +67,13 @@ def reset(links, bandwidths):
     """All links idle. O(links)."""
     links.size[0] = 0
     for link in range(bandwidths.size):
-        link = unsigned(link)
-        links.loads[BANDWIDTH, link] = bandwidths[link]
-        links.loads[MOVED, link] = 0.0
-        links.loads[BUSY, link] = 0.0
-        links.loads[SINCE, link] = 0.0
-        links.members[COUNT, link] = 0
-        links.members[FIRST, link] = -1
+        at = unsigned(link)
+        links.loads[BANDWIDTH, at] = bandwidths[at]
+        links.loads[MOVED, at] = 0.0
+        links.loads[BUSY, at] = 0.0
+        links.loads[SINCE, at] = 0.0
+        links.members[COUNT, at] = 0
+        links.members[FIRST, at] = -1
 
 
 @bare
@@ -98,7 +98,7 @@ def begin(links, now, transfer, source, destination, fabric, size):
     links.size[0] = last + 1
     rise(links, last, transfer)
     share_out(links, now, transfer)
-    retime(links, now, transfer)  # where every link is full of transfers that are due
+    retime(links, now, transfer)  # one that passes no link has no neighbours to share with
 
 
 @bare
@@ -135,18 +135,18 @@ def settle(links, now):
     for place in range(links.size[0]):
         transfer = int(links.heap[unsigned(place)])
         advance(links, now, transfer)
-        at = unsigned(transfer)
-        moved = links.work[SIZE, at] - links.work[LEFT, at]
-        links.work[SIZE, at] = links.work[LEFT, at]
+        row = unsigned(transfer)
+        moved = links.work[SIZE, row] - links.work[LEFT, row]
+        links.work[SIZE, row] = links.work[LEFT, row]
         for side in range(SIDES):
-            link = int(links.places[unsigned(side), at])
+            link = int(links.places[unsigned(side), row])
             if link != NO_LINK:
                 links.loads[MOVED, unsigned(link)] += moved
     for link in range(links.members.shape[1]):
-        link = unsigned(link)
-        if links.members[COUNT, link] > 0:
-            links.loads[BUSY, link] += now - links.loads[SINCE, link]
-            links.loads[SINCE, link] = now
+        at = unsigned(link)
+        if links.members[COUNT, at] > 0:
+            links.loads[BUSY, at] += now - links.loads[SINCE, at]
+            links.loads[SINCE, at] = now
 
 
 @bare
