@@ -1,12 +1,14 @@
 """KV transfer: what it takes to move a request's keys and values from one worker to another."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from vecsim.declaration import Count, Declaration, Positive, Range, Time
-from vecsim.gpus import GPU, Dtype
-from vecsim.models import Model
 from vecsim.named import Named
+
+if TYPE_CHECKING:
+    from vecsim.gpus import GPU, Dtype
+    from vecsim.models import Model
 
 Bandwidth = Annotated[float, Range(0, low_allowed=False, infinity_allowed=True)]
 
@@ -140,11 +142,11 @@ class KVTransfer(Declaration, frozen=True, kw_only=True):
     @classmethod
     def of(
         cls,
-        model: Model | str,
+        model: "Model | str",
         link: Link | str,
         *,
-        gpu: GPU | str | None = None,
-        kv_dtype: Dtype = "bfloat16",
+        gpu: "GPU | str | None" = None,
+        kv_dtype: "Dtype" = "bfloat16",
         tp: int = 1,
         destination_tp: int | None = None,
         **fields: Any,
@@ -172,6 +174,9 @@ class KVTransfer(Declaration, frozen=True, kw_only=True):
         ValueError
             When there is no model, link or GPU of that name, the model can't be shared out so, or a field is wrong.
         """
+        from vecsim.gpus import GPU
+        from vecsim.models import Model
+
         model = Model.named(model) if isinstance(model, str) else model
         link = Link.named(link) if isinstance(link, str) else link
         gpu = GPU.named(gpu) if isinstance(gpu, str) else gpu
@@ -321,10 +326,10 @@ def fragmentation(runs: int, blocks: int) -> float:
 
 
 def check_same_kv(
-    source: Model | str,
-    destination: Model | str,
-    source_dtype: Dtype = "bfloat16",
-    destination_dtype: Dtype = "bfloat16",
+    source: "Model | str",
+    destination: "Model | str",
+    source_dtype: "Dtype" = "bfloat16",
+    destination_dtype: "Dtype" = "bfloat16",
 ) -> None:
     """Check that what one model's workers compute can be read by another's.
 
@@ -339,6 +344,8 @@ def check_same_kv(
     ValueError
         When the caches differ: names the first field that does, and both values.
     """
+    from vecsim.models import Model
+
     source = Model.named(source) if isinstance(source, str) else source
     destination = Model.named(destination) if isinstance(destination, str) else destination
     # The width of a latent cache doesn't depend on the heads
