@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from vecsim.kernel import links as link_rules
 from vecsim.kernel import runs as run_rules
-from vecsim.kernel.jit import bare, unsigned
 from vecsim.transfer import KVTransfer, Link, check_same_kv, fragmentation
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
@@ -197,44 +196,41 @@ def test_models_of_the_same_cache_go_together():
 # Links shared by transfers
 
 
-@bare
-def serve(links, begun_at, routes, sizes, checks, ended_at, order):
-    """Begin transfers in order of time and end each when it is due; ends come before begins."""
-    now, begun, ended = 0.0, 0, 0
+@numba.njit
+def serve(links, bandwidths, begun_at, routes, sizes, cut_at, checks, ended_at, order, left):
+    """Begin transfers in order of time and end each when it is due, the first at `cut_at`; ends come before begins."""
+    reset_links(links, bandwidths)
+    now, begun, ended = 0.0, checks[0], 0
     while ended < sizes.size:
         due, transfer = next_end(links)
         checks[0] += due < now
-        if begun == sizes.size or due <= begun_at[unsigned(begun)]:
+        if cut_at < min(due, begun_at[begun] if begun < sizes.size else np.inf):
+            due, transfer, cut_at = cut_at, order[0], np.inf
+        if begun == sizes.size or due <= begun_at[begun]:
             now = due
-            checks[1] += end(links, now, transfer) != 0
-            ended_at[unsigned(transfer)] = now
-            order[unsigned(ended)] = transfer
+            left[transfer] = end(links, now, transfer)
+            ended_at[transfer] = now
+            order[ended] = transfer
             ended += 1
         else:
-            now = begun_at[unsigned(begun)]
-            row = routes[unsigned(begun)]
-            begin(links, now, begun, row[0], row[1], row[2], sizes[unsigned(begun)])
+            now = begun_at[begun]
+            begin(links, now, begun, routes[begun, 0], routes[begun, 1], routes[begun, 2], sizes[begun])
             begun += 1
             if begun == sizes.size // 2:
                 settle(links, now)
 
 
-@numba.njit
-def serve_all(links, bandwidths, begun_at, routes, sizes, checks, ended_at, order):
-    reset_links(links, bandwidths)
-    serve(links, begun_at, routes, sizes, checks, ended_at, order)
-
-
-def transfers(bandwidths, begun_at, routes, sizes):
-    """(when each transfer ended, in which order, the links)."""
+def transfers(bandwidths, begun_at, routes, sizes, cut_at=math.inf):
+    """(when each transfer ended, in which order, the links, what was left of each)."""
     bandwidths, begun_at, sizes = (np.array(values, float) for values in (bandwidths, begun_at, sizes))
     links = link_rules.links_for(bandwidths.size, sizes.size)
-    ended_at, order, checks = np.full(sizes.size, np.nan), np.empty(sizes.size, np.int64), np.zeros(2, np.int64)
-    serve_all(links, bandwidths, begun_at, np.array(routes, np.int64), sizes, checks, ended_at, order)
+    ended_at, left = np.full(sizes.size, np.nan), np.full(sizes.size, np.nan)
+    order, checks = np.zeros(sizes.size, np.int64), np.zeros(1, np.int64)
+    serve(links, bandwidths, begun_at, np.array(routes, np.int64), sizes, cut_at, checks, ended_at, order, left)
     assert not checks.any()
     assert links.size[0] == 0
     assert not links.members[link_rules.COUNT].any()
-    return ended_at, order, links
+    return ended_at, order, links, left
 
 
 def transfers_step_by_step(bandwidths, begun_at, routes, sizes):
@@ -280,10 +276,11 @@ def cases(draw):
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_shared_links_serve_as_if_all_were_recomputed_at_each_event(case):
-    bandwidths, begun_at, routes, sizes = case
-    ended_at, order, links = transfers(*case)
+    bandwidths, _, routes, sizes = case
+    ended_at, order, links, left = transfers(*case)
     np.testing.assert_allclose(ended_at, transfers_step_by_step(*case), rtol=1e-9, atol=1e-9)
     assert sorted(order) == list(range(len(sizes)))
+    assert not left.any()
     assert (np.diff(ended_at[order]) >= 0).all()
     moved, busy = links.loads[link_rules.MOVED], links.loads[link_rules.BUSY]
     for link, bandwidth in enumerate(bandwidths):
@@ -294,7 +291,7 @@ def test_shared_links_serve_as_if_all_were_recomputed_at_each_event(case):
 
 def test_ten_transfers_over_a_slow_path_take_as_long_as_all_their_bytes():
     size = llama().size(TOKENS)
-    ended_at, order, links = transfers([0.1 * GB, math.inf], [0.0] * 10, [(0, 1, -1)] * 10, [size] * 10)
+    ended_at, order, links, _ = transfers([0.1 * GB, math.inf], [0.0] * 10, [(0, 1, -1)] * 10, [size] * 10)
     np.testing.assert_allclose(ended_at, 104.8576, rtol=1e-12)
     assert list(order) == list(range(10))
     assert links.loads[link_rules.MOVED, 0] == 10 * size
@@ -302,15 +299,15 @@ def test_ten_transfers_over_a_slow_path_take_as_long_as_all_their_bytes():
 
 
 def test_two_transfers_that_share_no_link_do_not_slow_each_other():
-    ended_at, _, _ = transfers([1, 1, 1, 1], [0, 0.5], [(0, 2, -1), (1, 3, -1)], [1, 1])
+    ended_at, *_ = transfers([1, 1, 1, 1], [0, 0.5], [(0, 2, -1), (1, 3, -1)], [1, 1])
     assert list(ended_at) == [1, 1.5]
-    ended_at, _, _ = transfers([1, 1, 1, 1, 1], [0, 0.5], [(0, 2, 4), (1, 3, 4)], [1, 1])
+    ended_at, *_ = transfers([1, 1, 1, 1, 1], [0, 0.5], [(0, 2, 4), (1, 3, 4)], [1, 1])
     assert list(ended_at) == [1.5, 2]
 
 
 def test_infinite_links_end_transfers_as_they_begin():
     begun_at = [0, 0, 1e9 / 3]
-    ended_at, _, links = transfers([math.inf] * 3, begun_at, [(0, 1, 2)] * 3, [1e12] * 3)
+    ended_at, _, links, _ = transfers([math.inf] * 3, begun_at, [(0, 1, 2)] * 3, [1e12] * 3)
     assert list(ended_at) == begun_at
     assert not links.loads[link_rules.BUSY].any()
 
@@ -320,25 +317,17 @@ def test_many_transfers_at_a_late_time_all_end():
     begun_at = 1e9 + np.sort(rng.uniform(0, 10, 400))
     routes = np.stack([rng.integers(0, 4, 400), rng.integers(4, 8, 400), np.full(400, 8)], axis=1)
     sizes = rng.uniform(0, 1e9, 400)
-    ended_at, _, links = transfers([1e10] * 8 + [2e10], begun_at, routes, sizes)
+    ended_at, _, links, _ = transfers([1e10] * 8 + [2e10], begun_at, routes, sizes)
     assert (ended_at >= begun_at).all()
     assert links.loads[link_rules.MOVED, 8] == pytest.approx(sizes.sum(), rel=1e-12)
 
 
-@numba.njit
-def abort_one(links, bandwidths, left):
-    reset_links(links, bandwidths)
-    begin(links, 0.0, 0, 0, 1, -1, 4.0)
-    begin(links, 1.0, 1, 0, 1, -1, 4.0)
-    left[0] = end(links, 2.0, 0)
-    left[1], _ = next_end(links)
-
-
 def test_a_transfer_that_is_cut_off_leaves_its_links_to_the_others():
-    links, left = link_rules.links_for(2, 2), np.empty(2)
-    abort_one(links, np.ones(2), left)
-    assert list(left) == [2.5, 5.5]
-    assert list(links.loads[link_rules.MOVED]) == [1.5, 1.5]
+    ended_at, _, links, left = transfers([1, 1], [0, 1], [(0, 1, -1)] * 2, [4, 4], cut_at=2.0)
+    assert list(left) == [2.5, 0]
+    assert list(ended_at) == [2, 5.5]
+    assert list(links.loads[link_rules.MOVED]) == [5.5, 5.5]
+    assert list(links.loads[link_rules.BUSY]) == [5.5, 5.5]
 
 
 # Block allocators
@@ -349,16 +338,17 @@ runs_of, runs_of_both = run_rules.runs, run_rules.runs_on_both
 
 @numba.njit
 def allocate_all(allocator, blocks, counts, latest, deepest_first, places, begins, free):
-    """Worker 1 takes `counts` blocks, or frees those of the request of a number below 0."""
-    reset_blocks(allocator, 0, blocks)
-    reset_blocks(allocator, 1, blocks)
+    """The last worker takes `counts` blocks, or frees those of the request of a number below 0."""
+    worker = allocator.counts.shape[1] - 1
+    for each in range(worker + 1):
+        reset_blocks(allocator, each, blocks)
     for i in range(counts.size):
         if counts[i] >= 0:
-            take(allocator, 1, counts[i], places, begins[i], latest)
+            take(allocator, worker, counts[i], places, begins[i], latest)
         else:
             of = -1 - counts[i]
-            release(allocator, 1, counts[of], places, begins[of], deepest_first)
-        free[i] = allocator.counts[run_rules.FREE, 1]
+            release(allocator, worker, counts[of], places, begins[of], deepest_first)
+        free[i] = allocator.counts[run_rules.FREE, worker]
 
 
 @numba.njit

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vecsim.kernel.jit import bare, inlined, unsigned
+from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.state import Array
 
 # Rows of `counts` [row, worker]: its blocks, how many are free, where the ring of them begins
@@ -113,7 +113,7 @@ def release(allocator, worker, count, places, start, deepest_first):
         return
     i = 0
     while i < count:
-        first = int(places[unsigned(start + i)])
+        first = whole(places[unsigned(start + i)])
         length = 1
         while i + length < count and places[unsigned(start + i + length)] == first + length:
             length += 1
