@@ -17,14 +17,17 @@ LONGEST_TIME = 1e12
 
 
 class Range(msgspec.Struct, frozen=True):
-    """The finite values a numeric field may take."""
+    """The values a numeric field may take: finite ones, and infinity where that is allowed."""
 
     low: float = -math.inf
     high: float = math.inf
     low_allowed: bool = True
+    infinity_allowed: bool = False
 
     def refusal(self, value: float) -> str | None:
         """What is allowed, in words, if the value isn't."""
+        if self.infinity_allowed and value == math.inf:
+            return None
         if self.low == -math.inf and not math.isfinite(value):
             return "finite"
         low = f"{'>=' if self.low_allowed else '>'} {self.low:g}"
@@ -129,7 +132,7 @@ class Declaration(msgspec.Struct, metaclass=Declared, frozen=True, kw_only=True,
 
     def to_json(self) -> str:
         """Write the declaration as JSON."""
-        return msgspec.json.encode(to_plain(self)).decode()
+        return as_json(to_plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -261,6 +264,20 @@ def to_plain(declaration: Declaration) -> dict[str, Any]:
     return clean(msgspec.to_builtins(declaration, enc_hook=encode))
 
 
+def as_json(value: Any) -> str:
+    """JSON of nested dicts and lists that `from_json` reads."""
+    return msgspec.json.encode(_infinity_as_text(value)).decode()
+
+
+def _infinity_as_text(value: Any) -> Any:
+    """Nested dicts with "inf" for infinity, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _infinity_as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_infinity_as_text(item) for item in value]
+    return "inf" if isinstance(value, float) and value == math.inf else value
+
+
 def from_plain(data: Any, kind: Any) -> Any:
     """A declaration from nested dicts; errors say at which key."""
     data = _spelt_out(data, kind)
@@ -275,6 +292,8 @@ def from_plain(data: Any, kind: Any) -> Any:
 def _spelt_out(data: Any, kind: Any, path: str = "") -> Any:
     """Nested dicts in which the fields of a declaration stand for its name, where there are such names."""
     if isinstance(data, str):
+        if data == "inf" and float in _kinds(kind)[0]:
+            return math.inf
         for own in _of_type(_kinds(kind)[0], None):
             try:
                 made = own.standing_for(data)

@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from vecsim.axes import Plan
-from vecsim.declaration import Declaration, to_plain
+from vecsim.declaration import Declaration, as_json, to_plain
 from vecsim.kernel.state import Array, TokenRecord
 from vecsim.variables import (
     CLASS_VARIABLES,
@@ -107,7 +106,7 @@ def axis_coords(plan: Plan) -> dict[str, Any]:
         if axis.is_component:
             # Labels are short; the whole declarations are kept beside them.
             plain = [to_plain(value) if isinstance(value, Declaration) else value for value in axis.values.flat]
-            attrs["declarations"] = msgspec.json.encode(plain).decode()
+            attrs["declarations"] = as_json(plain)
         coords[axis.name] = (axis.dims, axis.labels(), attrs)
     return coords
 
