@@ -401,6 +401,8 @@ def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) 
     structs = tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Declaration))
     if structs and isinstance(value, structs):
         return value
+    if isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds) and structs:
+        return tuple(check(name, one, structs, None) for one in value)
     for kind in structs:
         if (made := kind.standing_for(value)) is not None:
             return made
