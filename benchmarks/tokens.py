@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from suite.tokens import poisson
+from suite.tokens import poisson, replicas
 
 import vecsim as sim
 from vecsim.axes import Plan
@@ -22,7 +22,7 @@ from vecsim.token_simulate import run_token_block
 REPEAT = 40
 
 
-def milliseconds(engine: sim.Engine) -> tuple[float, int]:
+def milliseconds(engine: sim.Engine | sim.Cluster) -> tuple[float, int]:
     """Shortest time of the kernel for one scenario, requests made and metrics tallied, and its steps."""
     table = lower(Plan(engine, (), {}, {}), np.inf)
     measured = Measured(0.0, np.array([0.5, 0.9, 0.95, 0.99]), np.empty(0))
@@ -52,14 +52,19 @@ def milliseconds(engine: sim.Engine) -> tuple[float, int]:
     return 1000 * min(times), int(results.metrics[0, -1])
 
 
-def cases() -> dict[str, tuple[sim.Engine, str]]:
-    """Engines, and the most milliseconds that each should take."""
+def cases() -> dict[str, tuple[sim.Engine | sim.Cluster, str]]:
+    """Engines and fleets, and the most milliseconds that each should take."""
     found = {
         "10,000 requests of 512/512 tokens at 10/s": (poisson(10_000), "2"),
         "100,000 of them": (poisson(100_000), "20"),
         **{
             f"2,000 of them, {slots} slots, the rate to match": (poisson(2_000, slots), "")
             for slots in (16, 64, 256, 1024)
+        },
+        "8 replicas, 20,000 of them at 80/s, least outstanding": (replicas(8, 20_000), "40"),
+        **{
+            f"{workers:,} replicas, {requests:,} of them at {10 * workers:,}/s": (replicas(workers, requests), "")
+            for workers, requests in ((1, 2_500), (4, 10_000), (32, 80_000), (256, 100_000), (1024, 100_000))
         },
     }
     if folder := os.environ.get("VECSIM_DATA"):

@@ -28,6 +28,16 @@ def poisson(requests, slots=256):
     return sim.Engine(max_batch_size=slots, load_generator=load, batcher=batcher, step_time=STEP)
 
 
+def replicas(workers, requests, router=None):
+    """As many of such engines behind a router, each with its 10 requests a second."""
+    one = poisson(requests)
+    return sim.Cluster(
+        pool=sim.Pool(workers=workers, max_batch_size=256, batcher=one.batcher, step_time=STEP),
+        router=router or sim.LeastOutstandingRouter(),
+        load_generator=msgspec.structs.replace(one.load_generator, request_rate=10.0 * workers),
+    )
+
+
 def conversations(batcher="token budget", **load):
     """Lengths as in conversations, finite KV memory."""
     usual = {
@@ -59,6 +69,25 @@ class TokenStep:
     def track_step(self, slots):
         repeat = 1 if cases.TINY else 5
         return 1e9 * cases.seconds(lambda: sim.sweep(self.engine, **self.axes), repeat) / self.steps
+
+    track_step.unit = "ns/step"
+
+
+class Replicas:
+    """The cost of an event of a fleet, which should grow no faster than the logarithm of its workers."""
+
+    params = [1, 8, 64, 512]
+    param_names = ["workers"]
+    timeout = 300
+
+    def setup(self, workers):
+        self.cluster = replicas(workers, 20 if cases.TINY else 200 * workers)
+        self.axes = {"seed": range(1), "threads": 1, "progress": False}
+        self.steps = int(sim.sweep(self.cluster, **self.axes).steps.sum())  # compiles
+
+    def track_step(self, workers):
+        repeat = 1 if cases.TINY else 3
+        return 1e9 * cases.seconds(lambda: sim.sweep(self.cluster, **self.axes), repeat) / self.steps
 
     track_step.unit = "ns/step"
 
