@@ -28,4 +28,5 @@ MODELS = {"ticks": (ticks, "write_queue"), "tokens": (tokens, "write_token_recor
 if __name__ == "__main__":
     compile_all, last = MODELS[sys.argv[1]]
     if not is_compiled(last):
+        print(f"compiling the kernels of {sys.argv[1]}: up to a minute, once", flush=True)
         compile_all()

@@ -19,7 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compile the kernels once, on two cores, before workers start that would each compile them all."""
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         script = Path(__file__).parent / "compile_kernels.py"
-        compilers = [subprocess.Popen([sys.executable, script, model]) for model in ("tokens", "ticks")]
+        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            compilers = [subprocess.Popen([sys.executable, script, model]) for model in ("tokens", "ticks")]
         try:
             for compiler in compilers:
                 compiler.wait()
