@@ -16,20 +16,14 @@ def data_folder() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the token model's kernels beside the first tests: it takes a minute, and needs no test to wait."""
-    if not getattr(config.option, "collectonly", False):
-        config.stash[COMPILER] = subprocess.Popen([sys.executable, "-c", COMPILE_TOKEN_KERNELS])
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if compiler := config.stash.get(COMPILER, None):
-        compiler.kill()
-        compiler.wait()
-
-
-COMPILER = pytest.StashKey[subprocess.Popen]()
-COMPILE_TOKEN_KERNELS = """
-import vecsim as sim
-load = sim.PoissonLoadGenerator(prompt_tokens=10, output_tokens=5, requests=10)
-sim.Engine(load_generator=load, batcher=sim.TokenBudgetBatcher(), step_time=sim.LinearStepTime(base=1)).run()
-"""
+    """Compile the kernels once, on two cores, before workers start that would each compile them all."""
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        script = Path(__file__).parent / "compile_kernels.py"
+        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            compilers = [subprocess.Popen([sys.executable, script, model]) for model in ("tokens", "ticks")]
+        try:
+            for compiler in compilers:
+                compiler.wait()
+        finally:
+            for compiler in compilers:
+                compiler.kill()

@@ -44,8 +44,8 @@ def cli(folder, *arguments):
 
 
 def test_the_default_sweep_can_be_run_twice(tmp_path):
-    for stem in ("sweep", "sweep-2"):
-        done = command(tmp_path, *SMALL)
+    for run, stem in ((command, "sweep"), (cli, "sweep-2")):
+        done = run(tmp_path, *SMALL)
         assert done.returncode == 0, done.stderr
         assert f"saved {stem}.nc and {stem}.png" in done.stdout
         assert "IFBatcherWithOnePrefillOnly" in done.stdout
@@ -93,7 +93,7 @@ def test_help_lists_the_ready_made_specs_and_the_notation(tmp_path):
 
 def test_an_existing_file_is_kept_without_force_and_named_before_computing(tmp_path):
     (tmp_path / "a.nc").write_text("precious")
-    done = command(tmp_path, "-o", "a.nc")  # the whole default sweep: it must not start
+    done = cli(tmp_path, "-o", "a.nc")  # the whole default sweep: it must not start
     assert done.returncode == 2
     assert done.stderr == "error: a.nc exists already: choose another name, or --force to overwrite it\n"
     assert (tmp_path / "a.nc").read_text() == "precious"

@@ -1,6 +1,7 @@
 """The token model's oracle against other simulators, and against the laws that any scheduler keeps."""
 
 import csv
+import functools
 import json
 import os
 from itertools import pairwise
@@ -293,6 +294,7 @@ def test_overheads_and_the_time_limit():
     assert not serve(Request(5, 4, 9), batcher=IF(), time_limit=5).steps
 
 
+@functools.cache
 def batchers(slots):
     """Any batcher, with budgets that let every running request decode."""
     budgets = st.integers(0, 40).map(lambda more: slots + more)
@@ -310,22 +312,28 @@ def batchers(slots):
     )
 
 
+# Made once: a strategy that is made anew for each draw takes longer than the draw.
+ARRIVALS = st.lists(st.integers(0, 200), min_size=1, max_size=25)
+SHARED = st.sampled_from(["nothing", "prompts", "all"])
+SIZES = st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 20), st.integers(0, 2))
+WISHES = st.tuples(st.integers(0, 2), st.integers(0, 200), st.integers(0, 30))
+BEFORE = st.none() | st.integers(0, 24)
+
+
 @st.composite
 def streams(draw, block_size):
     """Requests in the order of arrival, or in sessions; some share the begin of their prompts, or of all they hold."""
-    shared, sessions = draw(st.sampled_from(["nothing", "prompts", "all"])), draw(st.booleans())
+    shared, sessions = draw(SHARED), draw(st.booleans())
     requests = []
-    for arrived_at in sorted(draw(st.lists(st.integers(0, 200), min_size=1, max_size=25))):
-        prompt, output, cap, group = draw(
-            st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 20), st.integers(0, 2))
-        )
+    for arrived_at in sorted(draw(ARRIVALS)):
+        prompt, output, cap, group = draw(SIZES)
+        priority, ttft_limit, think = draw(WISHES)
         blocks = {"nothing": 0, "prompts": prompt // block_size, "all": 100 // block_size}[shared]
+        after = draw(BEFORE) if sessions and requests else None
         requests.append(
             Request(
-                arrived_at, prompt, output, [(group, i) for i in range(blocks)], output + cap,
-                priority=draw(st.integers(0, 2)), ttft_limit=draw(st.integers(0, 200)),
-                after=draw(st.none() | st.integers(0, len(requests) - 1)) if sessions and requests else None,
-                think=draw(st.integers(0, 30)),
+                arrived_at, prompt, output, [(group, i) for i in range(blocks)], output + cap, priority, ttft_limit,
+                after=None if after is None else after % len(requests), think=think,
             )
         )  # fmt: skip
     return requests

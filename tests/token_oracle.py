@@ -302,17 +302,18 @@ class Engine:
     def enqueue(self) -> list[Request]:
         """Who has arrived until now joins the queue; those that could never be served are refused and returned."""
         refused = []
-        for request in sorted(self.arrivals, key=lambda request: (request.arrived_at, request.index)):
-            if self.queued_at(request) <= self.now:
-                self.arrivals.remove(request)
-                total = request.prompt_tokens + request.output_tokens
-                too_long = self.max_model_len is not None and total > self.max_model_len
-                if too_long or self.needed(total) > self.blocks or self.batcher.refuses(self, request):
-                    request.dropped = True
-                    refused.append(request)
-                else:
-                    request.enqueued_at = self.now
-                    self.queue_up(request)
+        before_queue = self.overheads.before_queue
+        arrived = [request for request in self.arrivals if request.arrived_at + before_queue <= self.now]
+        for request in sorted(arrived, key=lambda request: (request.arrived_at, request.index)):
+            self.arrivals.remove(request)
+            total = request.prompt_tokens + request.output_tokens
+            too_long = self.max_model_len is not None and total > self.max_model_len
+            if too_long or self.needed(total) > self.blocks or self.batcher.refuses(self, request):
+                request.dropped = True
+                refused.append(request)
+            else:
+                request.enqueued_at = self.now
+                self.queue_up(request)
         return refused
 
     def release(self) -> None:

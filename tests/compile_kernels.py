@@ -1,0 +1,32 @@
+"""Compile the kernels of one model into the disk cache: `python compile_kernels.py ticks`, or `tokens`."""
+
+import sys
+
+import policies
+
+import vecsim as sim
+from vecsim.kernel.jit import is_compiled
+
+
+def ticks():
+    """Everything that runs, sweeps and rules of a user's own need."""
+    engine = sim.Engine(load_generator=sim.PoissonLoadGenerator())
+    engine.run(10).requests  # noqa: B018
+    for keep in ("requests", "queue"):
+        sim.sweep(engine, 10, keep=keep, progress=False, batcher=policies.in_flight)
+
+
+def tokens():
+    """The same for the token model, with nothing drawn: what draws is compiled with the tick model's kernels."""
+    load = sim.TraceLoadGenerator(arrived_at=[0, 1], prompt_tokens=[10, 10], output_tokens=[5, 5])
+    sim.Engine(load_generator=load, batcher=sim.TokenBudgetBatcher(), step_time=sim.LinearStepTime(base=1)).run()
+
+
+# Of each model, and what it compiles last
+MODELS = {"ticks": (ticks, "write_queue"), "tokens": (tokens, "write_token_record")}
+
+if __name__ == "__main__":
+    compile_all, last = MODELS[sys.argv[1]]
+    if not is_compiled(last):
+        print(f"compiling the kernels of {sys.argv[1]}: up to a minute, once", flush=True)
+        compile_all()
