@@ -9,6 +9,7 @@ from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator
 from vecsim.overheads import Overheads
 from vecsim.routing import AnyRouter, RoundRobinRouter
+from vecsim.step_time import TickStepTime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +67,8 @@ class Pool(Declaration, frozen=True, kw_only=True):
 class Cluster(Declaration, frozen=True, kw_only=True):
     """Workers behind a router, each of which does prefill and decode.
 
+    Metrics are those of all workers together; `max_queue` and `kv_peak` those of the worker with the most.
+
     Parameters
     ----------
     pool : Pool or tuple of Pool
@@ -95,9 +98,9 @@ class Cluster(Declaration, frozen=True, kw_only=True):
         super().__post_init__()
         if not self.pools:
             raise ValueError("pool must have a worker, got none")
-        engines = self.engines()
-        if not all(engine.is_token for engine in engines):
+        if any(isinstance(pool.step_time, TickStepTime) for pool in self.pools):
             raise ValueError("step_time of a pool must be in seconds, got TickStepTime")
+        self.engines()  # refuses what an engine would
         sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
         if len(sizes) > 1:
             raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
@@ -138,12 +141,12 @@ class Cluster(Declaration, frozen=True, kw_only=True):
     @property
     def caches_prefixes(self) -> bool:
         """Whether prompts find what others left in the KV memory of a worker."""
-        return any(engine.caches_prefixes for engine in self.engines())
+        return any(pool.kv_cache is not None and pool.kv_cache.prefix_caching for pool in self.pools)
 
     @property
     def is_token(self) -> bool:
         """Whether this is the token model."""
-        return self.engines()[0].is_token
+        return True
 
     def run(
         self, time_limit: float | None = None, *, warmup: float = 0.0, quantiles: "Sequence[float] | None" = None

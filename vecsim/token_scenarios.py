@@ -101,8 +101,8 @@ class TokenTables:
             (*(float(row[name]) for name in self.fields()), float(pool.workers))
             for row, pool in zip(rows, cluster.pools, strict=True)
         )
-        router = (float(ROUTERS.index(type(cluster.router))), float(len(rows) == 1))
-        self.fleets.append((float(first), float(len(rows)), float(cluster.workers), *router))
+        numbers = (first, len(rows), cluster.workers, ROUTERS.index(type(cluster.router)))
+        self.fleets.append(tuple(map(float, numbers)))
         return (place,)
 
     def put_tables(self, step_time: TableStepTime | RooflineStepTime) -> tuple[int, ...]:

@@ -209,7 +209,7 @@ class Room:
     """How much room a thread needs for the largest scenario of a block."""
 
     def __init__(self, table: Table, block: Block, numbers: Streams, streams: TokenStreams) -> None:
-        from vecsim.kernel.token_scenarios import FIELDS
+        from vecsim.kernel.token_scenarios import FIELDS, WORKERS
 
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
@@ -219,8 +219,10 @@ class Room:
         self.longest = int(numbers.longest[block.stream[:, OUTPUT]].max())
         self.ids, self.with_ids, self.nodes = self._blocks(column, block, numbers, streams)
         self.caching = bool(column["caching"].any())
-        self.fleets = streams.fleets[np.unique(column["fleet"][column["fleet"] >= 0]).astype(np.int64)]
-        self.groups = streams.groups
+        fleets = streams.fleets[np.unique(column["fleet"][column["fleet"] >= 0]).astype(np.int64)]
+        self.workers = int(fleets[:, WORKERS].max(initial=0))
+        self.kinds = len(streams.groups)
+        self.worker_slots = int(streams.groups[:, FIELDS.index("slots")].max(initial=0)) + 1
         self.ring = 1 << max(3, (self.longest + 2).bit_length())
 
     def require(self, threads: int) -> None:
@@ -238,12 +240,22 @@ class Room:
             f"{self.requests:.3g} requests in one scenario": float(BYTES_PER_REQUEST) * self.requests,
             f"outputs of up to {self.longest:.3g} tokens": 8.0 * self.ring,
             f"{self.with_ids:.3g} blocks with ids, of the prompts of all requests": cached,
+            f"{self.workers:.3g} workers": float(self.workers) * self.bytes_per_worker(),
         }
         memory.require(
             threads * sum(parts.values()),
             max(parts, key=lambda what: parts[what]),
-            "a shorter time_limit, a lower load, shorter conversations or fewer threads",
+            "a shorter time_limit, a lower load, shorter conversations, fewer workers or threads",
         )
+
+    def bytes_per_worker(self) -> float:
+        """What a worker of a fleet takes beside the requests."""
+        from vecsim.kernel import token_state
+        from vecsim.kernel.kv import NODE_ROWS
+
+        numbers = 8.0 * (token_state.COUNTS + token_state.SUMS + self.classes + 4)
+        batch = 4.0 * (2 * self.ring + self.block_size + 12 * self.worker_slots + 64)
+        return numbers + batch + 4.0 * (NODE_ROWS * self.nodes + self.ids) * self.caching
 
     def _blocks(
         self, column: dict[str, Array], block: Block, numbers: Streams, streams: TokenStreams
@@ -337,12 +349,9 @@ class Room:
         """Room for the largest fleet of a block; of no worker where there is none."""
         from vecsim.kernel import token_state
         from vecsim.kernel.kv import NODE_ROWS
-        from vecsim.kernel.token_scenarios import FIELDS, WORKERS
 
-        workers = int(self.fleets[:, WORKERS].max(initial=0))
+        workers, slots = self.workers, self.worker_slots
         n = self.requests if workers else 0
-        column = {name: self.groups[:, i] for i, name in enumerate(FIELDS)}
-        slots = int(column["slots"].max(initial=0)) + 1
         leaves = 1 << max(workers - 1, 1).bit_length()
 
         def whole(*shape: int) -> Array:
@@ -354,9 +363,8 @@ class Room:
         return Fleet(
             group=whole(workers),
             blocks=number(workers),
-            fits=np.zeros(len(self.groups), np.uint8),
+            fits=np.zeros(self.kinds, np.uint8),
             sent=number(workers),
-            sent_blocks=number(workers),
             turn=number(1),
             bound=whole(n),
             worker=whole(n),

@@ -118,7 +118,6 @@ FLEET_LOOP = (
                 blocks=NUMBERS,
                 fits=BYTES,
                 sent=NUMBERS,
-                sent_blocks=NUMBERS,
                 turn=NUMBERS,
                 clock=FLOATS,
                 loads=FLOATS,

@@ -9,11 +9,11 @@ import numpy as np
 
 from vecsim.kernel import tree
 from vecsim.kernel.address import call_token_loop
-from vecsim.kernel.heap import pop
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.routing import LEAST_KV, load_of, route
 from vecsim.kernel.state import (
+    BAD_DURATION,
     BEGINS,
     COASTING,
     DONE,
@@ -27,14 +27,23 @@ from vecsim.kernel.state import (
     TokenLoad,
     TokenWork,
 )
-from vecsim.kernel.token import MOST_STEPS, forget_steps, issue, never_fits, report, reset_requests
-from vecsim.kernel.token_scenarios import memory_of, model_of, policy_of
+from vecsim.kernel.token import (
+    MOST_STEPS,
+    due_at,
+    follow_up,
+    forget_steps,
+    issue_after_drop,
+    never_fits,
+    next_issued,
+    report,
+    reset_requests,
+    take_arrival,
+)
+from vecsim.kernel.token_scenarios import GROUP_WORKERS, memory_of, model_of, policy_of
 from vecsim.kernel.token_state import (
     ALL_STEPS,
-    ARRIVALS,
     BACKLOG,
     BUSY,
-    COMING,
     COMPUTED,
     DECODE,
     DROPPED,
@@ -71,7 +80,6 @@ from vecsim.kernel.token_state import (
     TOKENS,
     USED,
     WAITING,
-    blocks_for,
     put_last,
 )
 
@@ -138,66 +146,82 @@ def visiting(load, kind, worker):
 @bare
 def visit(
     step_loop, fleet, groups, tables, load, work, cache, record, worker, kind, until, warmup, stop, own_rule,
-    own_duration, gaps,
+    own_duration,
 ):  # fmt: skip
     """Have a worker go on until a time; returns the status."""
     w = unsigned(worker)
     p = groups[unsigned(fleet.group[w])]
-    memory = memory_of(p)
+    gaps = work.gaps if fleet.counts[w, MEASURING] else fleet.unmeasured
     its_cache = Cache(
         fleet.nodes[w], fleet.node_of[w], cache.owned, cache.own, cache.ids, cache.shared, cache.own_start
     )
-    return call_token_loop(
+    fleet.counts[w, ALL_STEPS] = work.counts[ALL_STEPS]
+    status = call_token_loop(
         step_loop,
         (
-            policy_of(p), memory, tables_of(p, tables), visiting(load, kind, worker), view(fleet, work, worker, gaps),
-            its_cache, record, until, warmup, stop, own_rule, own_duration,
+            policy_of(p), memory_of(p), tables_of(p, tables), visiting(load, kind, worker),
+            view(fleet, work, worker, gaps), its_cache, record, until, warmup, stop, own_rule, own_duration,
         ),
     )  # fmt: skip
-
-
-@bare
-def let_others_know(fleet, load, work, memory, worker, t):
-    """A step has ended at `t`: send the next requests of those whose last one has ended in it."""
-    w = unsigned(worker)
-    own_counts = fleet.counts[w]
-    status = DONE
-    for i in range(own_counts[REPORTED], own_counts[ENDED]):
-        request = int(fleet.ended[w, unsigned(i)])
-        r = unsigned(request)
-        seen = t + load.output_tokens[r] * load.per_token + load.at_completion
-        if load.closed:
-            if work.counts[ISSUED] == load.prompt_tokens.size:
-                status = OUT_OF_REQUESTS
-                break
-            issue(work, load, work.counts[ISSUED], seen + load.think_time)
-            work.counts[ISSUED] += 1
-        elif load.follower.size > 0 and load.follower[r] >= 0:
-            following = int(load.follower[r])
-            fleet.bound[unsigned(following)] = worker
-            issue(work, load, following, seen + load.think[unsigned(following)])
-    report(view(fleet, work, worker, work.gaps), load, memory)
+    if kind != BEGINS:
+        work.counts[ALL_STEPS] = fleet.counts[w, ALL_STEPS]
+    if status == BAD_DURATION:
+        work.sums[NOW], work.sums[LONGEST] = fleet.sums[w, NOW], fleet.sums[w, LONGEST]
     return status
 
 
+@inlined
+def is_behind(fleet, worker):
+    """Whether a worker was left behind, since it does nothing but decode."""
+    w = unsigned(worker)
+    return fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME]
+
+
 @bare
-def send(fleet, router, groups, load, work, request, worker, t):
+def let_others_know(fleet, load, work, worker, t):
+    """A step has ended at `t`: send the next requests of those whose last one has ended in it; returns the status."""
+    w = unsigned(worker)
+    for i in range(fleet.counts[w, REPORTED], fleet.counts[w, ENDED]):
+        request = int(fleet.ended[w, unsigned(i)])
+        if not follow_up(work, load, request, t):
+            return OUT_OF_REQUESTS
+        if load.follower.size > 0 and load.follower[unsigned(request)] >= 0:
+            fleet.bound[unsigned(load.follower[unsigned(request)])] = worker
+    report(fleet.counts[w])
+    return DONE
+
+
+@inlined
+def send(fleet, router, work, request, worker, t):
     """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
     w, r = unsigned(worker), unsigned(request)
     own, own_counts = work.own, fleet.counts[w]
-    memory = memory_of(groups[unsigned(fleet.group[w])])
     fleet.worker[r] = worker
     own[COMPUTED, r] = 0
     own[GENERATED, r] = 0
     work.times[SINCE, r] = t
     put_last(own_counts, own, INBOX_HEAD, request)
     fleet.sent[w] += 1
-    fleet.sent_blocks[w] += blocks_for(int(load.prompt_tokens[r]), memory.block_size, memory.shift)
     tree.put(fleet.loads, worker, load_of(fleet, router, worker))
     fleet.sums[w, FORESEEN] = 0.0
     if fleet.clock[unsigned((fleet.clock.size >> 1) + worker)] == np.inf:
         fleet.sums[w, END_TIME] = t
     tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
+
+
+@inlined
+def judge(fleet, groups, load, request):
+    """Which kinds of workers could ever hold a request, into `fleet.fits`; returns how many workers that are."""
+    r = unsigned(request)
+    able = 0
+    for group in range(groups.shape[0]):
+        p = groups[unsigned(group)]
+        fits = not never_fits(
+            policy_of(p), memory_of(p), int(load.prompt_tokens[r]), int(load.output_tokens[r]), int(load.max_tokens[r])
+        )
+        fleet.fits[unsigned(group)] = fits
+        able += fits * int(p[GROUP_WORKERS])
+    return able
 
 
 @bare_entry
@@ -233,7 +257,6 @@ def simulate_fleet(
     fleet.bound[:requests] = -1
     fleet.worker[:requests] = -1
     fleet.sent[:] = 0
-    fleet.sent_blocks[:] = 0
     fleet.turn[0] = 0
     tree.clear(fleet.clock)
     tree.clear(fleet.loads)
@@ -241,16 +264,15 @@ def simulate_fleet(
     for worker in range(workers):
         visit(
             step_loop, fleet, groups, tables, load, work, cache, record, worker, BEGINS, 0.0, warmup, stop, own_rule,
-            own_duration, gaps,
+            own_duration,
         )  # fmt: skip
         fleet.blocks[unsigned(worker)] = fleet.counts[unsigned(worker), FREE]
         tree.put(fleet.loads, worker, 0.0)
 
     static = min(load.static, requests)
     counts[ISSUED] = static
-    static_due = load.arrived_at[0] + load.before_queue if static > 0 else np.inf
+    static_due = due_at(load, 0, static)
     dynamic_due = np.inf
-    all_steps = 0
     events = 0
     status = DONE
     while status == DONE:
@@ -264,55 +286,33 @@ def simulate_fleet(
             if due >= time_limit or due == np.inf:
                 break
             t = due
-            if static_due <= dynamic_due:
-                request = int(counts[ARRIVALS])
-                counts[ARRIVALS] += 1
-                static_due = (
-                    load.arrived_at[unsigned(request + 1)] + load.before_queue if request + 1 < static else np.inf
-                )
-            else:
-                request = pop(work.coming, counts[COMING], times[SINCE], load.arrived_at)
-                counts[COMING] -= 1
-                dynamic_due = times[SINCE, unsigned(work.coming[0])] if counts[COMING] > 0 else np.inf
-            r = unsigned(request)
-            for group in range(groups.shape[0]):
-                p = groups[unsigned(group)]
-                fleet.fits[unsigned(group)] = not never_fits(
-                    policy_of(p), memory_of(p), int(load.prompt_tokens[r]), int(load.output_tokens[r]),
-                    int(load.max_tokens[r]),
-                )  # fmt: skip
-            worker = route(fleet, router, request, 0, workers, fleet.fits)
+            request, static_due, dynamic_due = take_arrival(work, load, static, static_due, dynamic_due)
+            worker = route(fleet, router, request, judge(fleet, groups, load, request))
             if worker >= 0:
-                w = unsigned(worker)
-                if fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME]:
-                    fleet.counts[w, ALL_STEPS] = all_steps
+                if is_behind(fleet, worker):
                     status = visit(
                         step_loop, fleet, groups, tables, load, work, cache, record, worker, kind, t, warmup, stop,
-                        own_rule, own_duration, gaps if fleet.counts[w, MEASURING] else fleet.unmeasured,
+                        own_rule, own_duration,
                     )  # fmt: skip
-                    all_steps = int(fleet.counts[w, ALL_STEPS])
                     if status != DONE:
                         break
-                send(fleet, router, groups, load, work, request, worker, t)
+                send(fleet, router, work, request, worker, t)
                 continue
             counts[ENQUEUED] += 1
             counts[DROPPED] += 1
-            own[STATE, r] = DROPPED_AT_ONCE
-            if load.closed:
-                if counts[ISSUED] == requests:
-                    status = OUT_OF_REQUESTS
-                    break
-                issue(work, load, counts[ISSUED], t + max(load.think_time, 1.0))
-                counts[ISSUED] += 1
-                dynamic_due = times[SINCE, unsigned(work.coming[0])]
+            own[STATE, unsigned(request)] = DROPPED_AT_ONCE
+            if not issue_after_drop(work, load, t):
+                status = OUT_OF_REQUESTS
+                break
+            dynamic_due = next_issued(work)
             continue
         if t >= time_limit:
             break
         worker = tree.first(fleet.clock)
         w = unsigned(worker)
         if fleet.counts[w, REPORTED] < fleet.counts[w, ENDED] and stops:
-            status = let_others_know(fleet, load, work, memory_of(groups[unsigned(fleet.group[w])]), worker, t)
-            dynamic_due = times[SINCE, unsigned(work.coming[0])] if counts[COMING] > 0 else np.inf
+            status = let_others_know(fleet, load, work, worker, t)
+            dynamic_due = next_issued(work)
             tree.put(fleet.loads, worker, load_of(fleet, router, worker))
             continue
         until = min(due, time_limit)
@@ -327,13 +327,10 @@ def simulate_fleet(
         if stops:
             tree.put(fleet.clock, worker, np.inf)
             until = min(until, fleet.clock[1])
-        fleet.counts[w, ALL_STEPS] = all_steps
         status = visit(
             step_loop, fleet, groups, tables, load, work, cache, record, worker, kind,
             max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf)), warmup, stop, own_rule, own_duration,
-            gaps if measures else fleet.unmeasured,
         )  # fmt: skip
-        all_steps = int(fleet.counts[w, ALL_STEPS])
         after = fleet.sums[w, END_TIME]
         if status == IDLE:
             after = np.inf
@@ -341,28 +338,22 @@ def simulate_fleet(
         elif status == COASTING:
             after = fleet.sums[w, FORESEEN]
             status = DONE
-        elif status != DONE:
-            sums[NOW], sums[LONGEST] = fleet.sums[w, NOW], fleet.sums[w, LONGEST]
         if fleet.counts[w, STEP] > MOST_STEPS:
             status = TOO_LONG
         tree.put(fleet.clock, worker, after)
         tree.put(fleet.loads, worker, load_of(fleet, router, worker))
     for worker in range(workers):
-        w = unsigned(worker)
-        if status == DONE and fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME]:
-            fleet.counts[w, ALL_STEPS] = all_steps
+        if status == DONE and is_behind(fleet, worker):
             status = visit(
                 step_loop, fleet, groups, tables, load, work, cache, record, worker, kind, time_limit, warmup, stop,
-                own_rule, own_duration, gaps if fleet.counts[w, MEASURING] else fleet.unmeasured,
+                own_rule, own_duration,
             )  # fmt: skip
-            all_steps = int(fleet.counts[w, ALL_STEPS])
-    gather(fleet, load, work, requests, warmup, time_limit, status)
-    counts[ALL_STEPS] = all_steps
+    gather(fleet, work, requests, time_limit, status)
     return status
 
 
 @bare
-def gather(fleet, load, work, requests, warmup, time_limit, status):
+def gather(fleet, work, requests, time_limit, status):
     """Make the numbers of all workers those of one engine."""
     counts, sums, own = work.counts, work.sums, work.own
     counts[GAP_LOW] = GAP_BINS

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vecsim.kernel import tree
-from vecsim.kernel.jit import bare, unsigned
+from vecsim.kernel.jit import bare, inlined, unsigned
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.token_state import LEFT
 
@@ -28,14 +28,14 @@ def one_of(seed, number, choices):
     return int(scrambled(seed, number) % np.uint64(choices))
 
 
-@bare
+@inlined
 def outstanding(fleet, worker):
     """Requests sent to a worker that have not ended."""
     w = unsigned(worker)
     return int(fleet.sent[w] - fleet.counts[w, LEFT])
 
 
-@bare
+@inlined
 def load_of(fleet, router, worker):
     """What a router wants to be least; 0 where it goes by no load."""
     w = unsigned(worker)
@@ -44,31 +44,28 @@ def load_of(fleet, router, worker):
     return float(outstanding(fleet, worker))
 
 
-@bare
-def route(fleet, router, request, first, last, fits):
-    """The worker of [first, last) for a request; -1 where none could ever hold it.
+@inlined
+def could_hold(fleet, worker):
+    """Whether a worker could ever hold the request that is looked at."""
+    return fleet.fits[unsigned(fleet.group[unsigned(worker)])]
 
-    `fits` [worker] is whether it could. Those that could not are passed over.
-    """
-    number = last - first
-    able = 0
-    for worker in range(first, last):
-        able += fits[unsigned(fleet.group[unsigned(worker)])]
-        if able > 0 and router.alike:
-            able = number
-            break
+
+@inlined
+def route(fleet, router, request, able):
+    """The worker for a request, of the `able` ones of the kinds in `fleet.fits`; -1 where there is none."""
+    number = fleet.group.size
     if able == 0:
         return -1
     code = router.code
     if code == STICKY and fleet.bound[unsigned(request)] >= 0:
         worker = int(fleet.bound[unsigned(request)])
-        if fits[unsigned(fleet.group[unsigned(worker)])]:
+        if could_hold(fleet, worker):
             return worker
     if code in (ROUND_ROBIN, STICKY):
         while True:
-            worker = first + int(fleet.turn[0] % number)
+            worker = int(fleet.turn[0] % number)
             fleet.turn[0] += 1
-            if fits[unsigned(fleet.group[unsigned(worker)])]:
+            if could_hold(fleet, worker):
                 return worker
     if able == number and code in (LEAST_OUTSTANDING, LEAST_KV):
         return tree.first(fleet.loads)
@@ -76,27 +73,27 @@ def route(fleet, router, request, first, last, fits):
         one = one_of(router.seed, 2 * request, able)
         other = one_of(router.seed, 2 * request + 1, max(able - 1, 1))
         other += other >= one and able > 1
-        one = nth_able(fleet, fits, first, one, able == number)
+        one = nth_able(fleet, one, able == number)
         if code == RANDOM:
             return one
-        other = nth_able(fleet, fits, first, other, able == number)
+        other = nth_able(fleet, other, able == number)
         return one if outstanding(fleet, one) <= outstanding(fleet, other) else other
     best = -1
     least = np.inf
-    for worker in range(first, last):
-        if fits[unsigned(fleet.group[unsigned(worker)])] and load_of(fleet, router, worker) < least:
+    for worker in range(number):
+        if could_hold(fleet, worker) and load_of(fleet, router, worker) < least:
             best, least = worker, load_of(fleet, router, worker)
     return best
 
 
 @bare
-def nth_able(fleet, fits, first, number, all_able):
+def nth_able(fleet, number, all_able):
     """The n-th worker that could hold a request."""
     if all_able:
-        return first + number
-    worker = first
+        return number
+    worker = 0
     while True:
-        if fits[unsigned(fleet.group[unsigned(worker)])]:
+        if could_hold(fleet, worker):
             if number == 0:
                 return worker
             number -= 1

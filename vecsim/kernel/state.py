@@ -318,7 +318,6 @@ class Router(NamedTuple):
     """How the workers of a fleet are chosen (scalars)."""
 
     code: int  # place in `vecsim.routing.ROUTERS`
-    alike: bool  # every worker could hold the same requests
     seed: int  # of the load
 
 
@@ -329,7 +328,6 @@ class Fleet(NamedTuple):
     blocks: Array  # [worker] of KV memory
     fits: Array  # [group] whether workers of that kind could hold a request
     sent: Array  # [worker] requests
-    sent_blocks: Array  # [worker] of their prompts
     turn: Array  # [1] of a round robin
     bound: Array  # [request] the worker that its session is bound to, -1 if none
     worker: Array  # [request] where it was sent

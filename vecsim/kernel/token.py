@@ -35,8 +35,6 @@ from vecsim.kernel.token_state import (
     ARRIVALS,
     BEFORE,
     BEGIN,
-    BEGINNING,
-    BEGUN_BLOCKS,
     BLOCKED,
     BUSY,
     CHUNKS,
@@ -70,13 +68,11 @@ from vecsim.kernel.token_state import (
     HORIZON,
     INBOX_HEAD,
     ISSUED,
-    KV,
     LAST_AT,
     LAST_DECODE,
     LASTS,
     LATE,
     LEFT,
-    LEFT_BLOCKS,
     LONGEST,
     MAX_QUEUE,
     NEWCOMERS,
@@ -148,6 +144,64 @@ def issue(work, load, request, at):
     work.counts[COMING] += 1
 
 
+@inlined
+def issue_next(work, load, at):
+    """Have the next request of a closed loop arrive; returns whether there is one."""
+    counts = work.counts
+    if counts[ISSUED] == load.prompt_tokens.size:
+        return False
+    issue(work, load, counts[ISSUED], at)
+    counts[ISSUED] += 1
+    return True
+
+
+@inlined
+def issue_after_drop(work, load, t):
+    """The same where one was dropped at `t`, so that time passes even without think time."""
+    return not load.closed or issue_next(work, load, t + max(load.think_time, 1.0))
+
+
+@inlined
+def follow_up(work, load, request, t):
+    """Have what follows a request that ends at `t` arrive: the next of a closed loop, or of its session.
+
+    Returns whether there was one to be had.
+    """
+    r = unsigned(request)
+    seen = t + load.output_tokens[r] * load.per_token + load.at_completion
+    if load.closed:
+        return issue_next(work, load, seen + load.think_time)
+    if load.follower.size > 0 and load.follower[r] >= 0:
+        following = int(load.follower[r])
+        issue(work, load, following, seen + load.think[unsigned(following)])
+    return True
+
+
+@inlined
+def next_issued(work):
+    """When the first of the requests arrives that were issued."""
+    return work.times[SINCE, unsigned(work.coming[0])] if work.counts[COMING] > 0 else np.inf
+
+
+@inlined
+def due_at(load, request, static):
+    """When a request comes to the queue of those whose arrival is known from the start."""
+    return load.arrived_at[unsigned(request)] + load.before_queue if request < static else np.inf
+
+
+@inlined
+def take_arrival(work, load, static, static_due, dynamic_due):
+    """Take the request that arrives first; returns (it, when the next of both kinds arrive)."""
+    counts = work.counts
+    if static_due <= dynamic_due:
+        request = int(counts[ARRIVALS])
+        counts[ARRIVALS] += 1
+        return request, due_at(load, request + 1, static), dynamic_due
+    request = int(pop(work.coming, counts[COMING], work.times[SINCE], load.arrived_at))
+    counts[COMING] -= 1
+    return request, static_due, next_issued(work)
+
+
 @bare
 def forget_steps(counts, sums, gaps):
     """Count steps from now on: the warm-up is over."""
@@ -182,10 +236,7 @@ def let_ended_go(work, load, cache, memory, policy):
         computed = int(prompt[r]) + int(output[r]) - 1
         held = int(own[HELD, r]) if policy.hold == RESERVED else blocks_for(computed, memory.block_size, memory.shift)
         full = full_blocks(computed, memory.block_size, memory.shift)
-        if own[KV, r] < 0:
-            counts[RUNNING] -= 1
-        else:
-            let_go(counts, cache, memory, request, held, full, False)
+        let_go(counts, cache, memory, request, held, full, False)
     counts[ENDED] = counts[REPORTED] = 0
     counts[BLOCKED] = 0
 
@@ -219,7 +270,7 @@ def reset(counts, sums, first, residues, unclip, late, memory, cache, ratio):
 @bare
 def reset_requests(own, times, owned, requests, caching):
     """Requests that nobody has seen yet."""
-    own[HELD : KV + 1, :requests] = 0  # `UNSEEN`
+    own[HELD : LATE + 1, :requests] = 0  # `UNSEEN`
     times[: ENDED_AT + 1, :requests] = np.nan
     if caching:
         owned[kv.RUN_NODE] = -1
@@ -227,14 +278,9 @@ def reset_requests(own, times, owned, requests, caching):
 
 
 @inlined
-def report(work, load, memory):
-    """Have routers know of what the step did that has just ended."""
-    counts, prompt = work.counts, load.prompt_tokens
-    counts[BEGUN_BLOCKS] += counts[BEGINNING]
-    counts[BEGINNING] = 0
-    for i in range(counts[REPORTED], counts[ENDED]):
-        counts[LEFT] += 1
-        counts[LEFT_BLOCKS] += blocks_for(prompt[unsigned(work.ended[unsigned(i)])], memory.block_size, memory.shift)
+def report(counts):
+    """Have routers know of the requests that ended with the step that has just ended."""
+    counts[LEFT] += counts[ENDED] - counts[REPORTED]
     counts[REPORTED] = counts[ENDED]
 
 
@@ -260,11 +306,11 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         Addresses of the user's own: how many tokens to compute of a request, and how long a step lasts.
     """
     arrived_at, prompt, output, caps = load.arrived_at, load.prompt_tokens, load.output_tokens, load.max_tokens
-    follower, think, urgency, ttft_limits = load.follower, load.think, load.urgency, load.ttft_limits
+    follower, urgency, ttft_limits = load.follower, load.urgency, load.ttft_limits
     counts, sums, gaps, own, times = work.counts, work.sums, work.gaps, work.own, work.times
     first, residues, unclip = work.first, work.residues, work.unclip
     prefills, chunk_of, chunk_tokens, stack = work.prefills, work.chunk_of, work.chunk_tokens, work.stack
-    coming, ended = work.coming, work.ended
+    ended = work.ended
     joined, joined_at, starving = work.joined, work.joined_at, work.starving
     recorded_times, recorded_counts = record.times, record.counts
     blocks, block_size, shift, caching = memory.blocks, memory.block_size, memory.shift, memory.caching
@@ -291,7 +337,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
 
     t = sums[END_TIME]
     static = min(load.static, prompt.size) if alone else 0
-    static_due = arrived_at[0] + load.before_queue if static > 0 else np.inf
+    static_due = due_at(load, 0, static)
     dynamic_due = np.inf if counts[INBOX_HEAD] < 0 else -np.inf
     counts[ISSUED] = static
     measured_from = warmup
@@ -314,7 +360,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             forget_steps(counts, sums, gaps)
 
         if not alone:
-            report(work, load, memory)
+            report(counts)
 
         begin = t
         due = min(static_due, dynamic_due)
@@ -333,16 +379,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     if counts[INBOX_HEAD] >= 0:
                         request = take_first(counts, own, INBOX_HEAD)
                         dynamic_due = np.inf if counts[INBOX_HEAD] < 0 else -np.inf
-                    elif static_due <= dynamic_due:
-                        request = int(counts[ARRIVALS])
-                        counts[ARRIVALS] += 1
-                        static_due = (
-                            arrived_at[unsigned(request + 1)] + load.before_queue if request + 1 < static else np.inf
-                        )
                     else:
-                        request = pop(coming, counts[COMING], times[SINCE], arrived_at)
-                        counts[COMING] -= 1
-                        dynamic_due = times[SINCE, unsigned(coming[0])] if counts[COMING] > 0 else np.inf
+                        request, static_due, dynamic_due = take_arrival(work, load, static, static_due, dynamic_due)
                     r = unsigned(request)
                     counts[ENQUEUED] += 1
                     if alone:
@@ -353,13 +391,11 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     if never_fits(policy, memory, prompt_tokens, output_tokens, cap):
                         own[STATE, r] = DROPPED_AT_ONCE
                         counts[DROPPED] += 1
+                        if not issue_after_drop(work, load, t):
+                            status = OUT_OF_REQUESTS
+                            break
                         if load.closed:
-                            if counts[ISSUED] == prompt.size:
-                                status = OUT_OF_REQUESTS
-                                break
-                            issue(work, load, counts[ISSUED], t + max(load.think_time, 1.0))
-                            counts[ISSUED] += 1
-                            dynamic_due = times[SINCE, unsigned(coming[0])]
+                            dynamic_due = next_issued(work)
                     else:
                         own[STATE, r] = QUEUED
                         counts[WAITING] += 1
@@ -396,7 +432,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                         watch,
                     )  # fmt: skip
                     request = int(counts[ARRIVALS])
-                    static_due = arrived_at[unsigned(request)] + load.before_queue if request < static else np.inf
+                    static_due = due_at(load, request, static)
                     coasted = sums[NOW] > t
                     t = sums[NOW]
                     status = counts[STATUS]
@@ -573,7 +609,6 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             if own[GENERATED, r] == 0:
                 times[FIRST_AT, r] = t
                 times[LAST_AT, r] = t
-                counts[BEGINNING] += blocks_for(prompt[r], block_size, shift)
             else:
                 add_gaps(counts, sums, gaps, t - times[LAST_AT, r], whole(1))
             if load.watches_gaps:
@@ -622,18 +657,11 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                 times[ENDED_AT, r] = t
                 if load.watches_gaps:
                     settle(work, load, r)
-                seen = t + output[r] * load.per_token + load.at_completion
-                if load.closed:
-                    if counts[ISSUED] == prompt.size:
-                        status = OUT_OF_REQUESTS
-                        break
-                    issue(work, load, counts[ISSUED], seen + load.think_time)
-                    counts[ISSUED] += 1
-                    dynamic_due = times[SINCE, unsigned(coming[0])]
-                elif follower.size > 0 and follower[r] >= 0:
-                    next_ = int(follower[r])
-                    issue(work, load, next_, seen + think[unsigned(next_)])
-                    dynamic_due = times[SINCE, unsigned(coming[0])]
+                if not follow_up(work, load, r, t):
+                    status = OUT_OF_REQUESTS
+                    break
+            if load.closed or follower.size > 0:
+                dynamic_due = next_issued(work)
             if status != DONE or load.visit == STOPS:
                 break
     if not measuring:

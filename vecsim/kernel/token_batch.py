@@ -30,7 +30,6 @@ from vecsim.kernel.token_state import (
     HELD,
     HIT,
     HIT_TOKENS,
-    KV,
     LAST_AT,
     LAST_DECODE,
     NEWCOMERS,
@@ -170,7 +169,6 @@ def preempt(work, load, cache, memory, policy, request, t):
     let_go(work.counts, cache, memory, request, held, full_blocks(computed, memory.block_size, memory.shift), True)
     own[STATE, r] = QUEUED
     own[COMPUTED, r] = 0
-    own[KV, r] = min(own[KV, r], 0)
     own[PREEMPTIONS, r] += 1
     times[SINCE, r] = t
     counts[PREEMPTED] += 1
@@ -304,16 +302,13 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         so_far = int(own[GENERATED, r])
         known = int(prompt[r]) + so_far
         found = idle = 0
-        shared, own_start = blocks_with_ids(cache, memory, request)
-        loaded = max(int(own[KV, r]), 0)
-        if loaded > 0:
-            found = int(own[HELD, r])
-        elif memory.caching:
+        if memory.caching:
+            shared, own_start = blocks_with_ids(cache, memory, request)
             found, idle = kv.look_up(
                 cache.nodes, cache.node_of, cache.owned, cache.ids, shared, request,
                 full_blocks(known - 1, block_size, shift),
             )  # fmt: skip
-        cached = loaded if loaded > 0 else found * block_size
+        cached = found * block_size
         rest = known - cached
         tokens = rest
         cut = False
@@ -370,17 +365,16 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         sums[BACKLOG] += max(t - max(times[SINCE, r], measured_from), 0.0)
         if own[PREEMPTIONS, r] == 0:
             times[STARTED_AT, r] = t
-            if loaded == 0:
-                own[HIT, r] = cached
-                if arrived_at[r] >= measured_from:
-                    counts[PROMPT_TOKENS] += prompt[r]
-                    counts[HIT_TOKENS] += cached
+            own[HIT, r] = cached
+            if arrived_at[r] >= measured_from:
+                counts[PROMPT_TOKENS] += prompt[r]
+                counts[HIT_TOKENS] += cached
         own[HELD, r] = found
         own[COMPUTED, r] = cached
         own[STATE, r] = PREFILL
         own[STARVING, r] = 0
         put_on_stack(counts, own, stack, request)
-        if memory.caching and loaded == 0:
+        if memory.caching:
             kv.claim(
                 counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request, found
             )

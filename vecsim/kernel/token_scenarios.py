@@ -61,7 +61,7 @@ FIELDS = (
 )
 
 # What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its router
-FLEET_FIELDS = ("first_group", "groups", "workers", *Router._fields[:-1])
+FLEET_FIELDS = ("first_group", "groups", "workers", "router")
 FIRST_GROUP, GROUPS, WORKERS, ROUTER = range(4)
 # What each kind is told: the numbers of an engine, and how many workers there are of it
 GROUP_WORKERS = len(FIELDS)
@@ -436,7 +436,7 @@ SCALARS = 22
 
 @inner
 def router_of(row, seed):
-    return Router(int(row[ROUTER]), row[ROUTER + 1] != 0, int(seed))
+    return Router(int(row[ROUTER]), int(seed))
 
 
 @inner
@@ -451,7 +451,7 @@ def room_of(fleet, groups, workers):
     while leaves < workers:
         leaves *= 2
     return Fleet(
-        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers], fleet.sent_blocks[:workers],
+        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers],
         fleet.turn, fleet.bound, fleet.worker, fleet.clock[: 2 * leaves], fleet.loads[: 2 * leaves], fleet.unmeasured,
         fleet.counts, fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of,
         fleet.chunk_tokens, fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late,

@@ -15,13 +15,11 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
     _FREE, _SPARE, _UNUSED, RUNNING, DECODING, CONTEXT, STEP, PREFILLING, QUEUE_HEAD, QUEUE_TAIL, HEAP, WAITING, STACK,
     PREEMPTED, DROPPED, GAPS, GAP_LOW, GAP_HIGH, MAX_QUEUE, STEPS, SCHEDULED, TOKENS, PROMPT_TOKENS, HIT_TOKENS, PEAK,
     ENDED, COMING, ISSUED, CLIPPED, OPEN, OPEN_SUM, ENQUEUED, CHUNKS, DECODES, DECODE_CONTEXT, BLOCKED, STARVED, GROUPS,
-    TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, INBOX_HEAD, INBOX_TAIL, MEASURING, REPORTED, LEFT, LEFT_BLOCKS,
-    BEGUN_BLOCKS, BEGINNING, COUNTS,
-) = range(52)  # fmt: skip
+    TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, INBOX_HEAD, INBOX_TAIL, MEASURING, REPORTED, LEFT, COUNTS,
+) = range(49)  # fmt: skip
 
 # `INBOX_HEAD` is the first of those sent to a worker that it hasn't looked at. For routers: `LEFT` requests have
-# ended, with prompts of `LEFT_BLOCKS`; `BEGUN_BLOCKS` are the prompts of those that have a first token. `BEGINNING` of
-# them, and the ended ones from `REPORTED` on, are so only when the step that is under way ends.
+# ended; the ended ones from `REPORTED` on are so only when the step that is under way ends.
 
 # Places in `sums`
 # A worker of a fleet doesn't coast at once: up to `HORIZON` (0: it does) it finds out when something else can happen,
@@ -30,11 +28,9 @@ GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGES
 
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch. `AFTER` and `BEFORE` tie it to others in the calendar then, in the queue before.
-# `KV` is how many tokens' keys and values were brought here for it; below 0, what it holds stays when it ends.
 (
-    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, KV,
-    OWN_ROWS,
-) = range(15)  # fmt: skip
+    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, OWN_ROWS,
+) = range(14)  # fmt: skip
 
 # Rows of `times` [request], seconds. `SINCE` is since when it waits; until it arrives, when it will.
 STARTED_AT, FIRST_AT, ENDED_AT, LAST_AT, RANK, SINCE, TIME_ROWS = range(7)
@@ -93,7 +89,7 @@ def take_first(counts, own, head):
 @inlined
 def is_decode(own, request, rest):
     """Whether a request with so many tokens left to compute decodes, though it is not in the calendar."""
-    return rest == 1 and (own[GENERATED, unsigned(request)] > 0 or own[KV, unsigned(request)] > 0)
+    return rest == 1 and own[GENERATED, unsigned(request)] > 0
 
 
 @inlined

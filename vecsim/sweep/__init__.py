@@ -87,7 +87,7 @@ def sweep(
     table = lower(planned, time_limit)
     kernel = "run_scenarios_by_address" if table.rules else "run_scenarios"
     if table.token is not None:
-        kernel = "run_token_scenarios"
+        kernel = "simulate_fleet" if table.token.fleets else "run_token_scenarios"
     with progress_bar(planned.scenarios, progress, kernel) as bar:
         instants = np.linspace(0.0, time_limit, INSTANTS) if keep == "queue" else np.empty(0)
         measured = Measured(warmup, np.array(wanted), instants)
@@ -113,7 +113,7 @@ def progress_bar(total: int, shown: bool, kernel: str) -> Any:
     from vecsim.kernel.jit import is_compiled
 
     if not is_compiled(kernel):
-        spent = "some 50 s" if kernel == "run_token_scenarios" else "some 20 s"
+        spent = {"simulate_fleet": "up to a minute", "run_token_scenarios": "some 50 s"}.get(kernel, "some 20 s")
         print(f"compiling the kernels: this once, {spent}", file=sys.stderr, flush=True)
     if "ipykernel" in sys.modules:
         from tqdm.auto import tqdm
