@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import vecsim as sim
+from vecsim.plot.runs import queue_over_time
 
 LOAD = sim.PoissonLoadGenerator(
     request_rate=12.0,
@@ -142,3 +143,29 @@ def test_requests_are_conserved_and_threads_do_not_matter(router):
     assert (one.completed + one.dropped == one.arrived).all()
     assert (one.arrived == 300).all()
     assert set(np.unique(one.worker)) <= {-1, 0, 1, 2}
+
+
+def test_the_queue_of_a_fleet_is_that_of_all_its_workers_and_all_of_it_is_drawn():
+    load = sim.BatchLoadGenerator(initial_batch=60, prompt_tokens=50, output_tokens=20)
+    run = sim.Cluster(pool=sim.Pool(workers=3, **POOL), load_generator=load).run()
+    time, queue = queue_over_time(run)
+    assert (np.diff(time) >= 0).all()
+    assert queue.max() == 60 - 3 * 8 > run.metrics.max_queue
+    axis = next(axis for axis in run.plot().axes if axis.get_ylabel().startswith("queue"))
+    assert axis.get_ylim()[1] > queue.max()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sim.Pool(workers=0, **POOL), "workers must be >= 1, got 0"),
+        (lambda: sim.Cluster(pool=(), load_generator=LOAD), "pool must have a worker, got none"),
+        (
+            lambda: sim.Cluster(pool=sim.Pool(step_time=sim.TickStepTime()), load_generator=LOAD),
+            "step_time of a pool must be in seconds, got TickStepTime",
+        ),
+    ],
+)
+def test_what_is_no_fleet_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

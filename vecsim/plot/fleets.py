@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from vecsim.run import Run
 
 
-def draw_workers(axis: "Axes", run: "Run", edges: Array) -> None:
+def draw_workers(axis: "Axes", run: "Run", workers: int, edges: Array) -> None:
     """Workers over time: the colour mixes what a column's time went to, as the shares of it."""
     steps = run.steps
     prefills = (steps.prefill_tokens.values > 0).astype(np.float64)
-    workers = run.engine.workers  # type: ignore[union-attr]
     image = np.empty((workers, edges.size - 1, 3))
     colours = [np.array(to_rgb(colour)) for colour in (PREFILL, DECODE, EMPTY)]
     for worker in range(workers):

@@ -212,7 +212,7 @@ def finish(queue: "Axes", latency: "Axes", runs: Sequence["Run"]) -> None:
     latency.set_ylabel(f"latency\n[{unit}]")
     latency.set_xlabel(f"time [{unit}]")
     latency.set_xlim(0, max(float(run.metrics.end_time) for run in runs) or 1.0)
-    most = max(int(run.steps.queue_size.values.max(initial=0)) for run in runs)
+    most = max(int(queue_over_time(run)[1].max(initial=0)) for run in runs)
     queue.set_ylim(0, 1.08 * max(most, 1))
     latency.set_ylim(0, None if any(int(run.metrics.first_tokens) for run in runs) else 1)
 
@@ -300,11 +300,17 @@ def phase_image(times: Timeline, slots: int, end: float, rows: int, columns: int
     )
 
 
-def draw_queue(axis: "Axes", run: "Run", *, fill: bool = False, **style: Any) -> None:
-    """Queue size over time: the range in each of many columns where there are more steps than that."""
+def queue_over_time(run: "Run") -> tuple[Array, Array]:
+    """When the queue changes, and its size then; of a fleet those of all workers together."""
     time, queue = run.steps.time.values, run.steps.queue_size.values
     if "worker" in run.steps:
-        time, queue = total_over_time(time, queue, run.steps.worker.values)
+        return total_over_time(time, queue, run.steps.worker.values)
+    return time, queue
+
+
+def draw_queue(axis: "Axes", run: "Run", *, fill: bool = False, **style: Any) -> None:
+    """Queue size over time: the range in each of many columns where there are more steps than that."""
+    time, queue = queue_over_time(run)
     end = float(run.metrics.end_time)
     if not time.size:
         time, queue = np.zeros(1), np.zeros(1, np.int64)

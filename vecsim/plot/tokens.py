@@ -7,7 +7,7 @@ import numpy as np
 from vecsim.fleet import Cluster
 from vecsim.kernel.state import Array
 from vecsim.plot.runs import COLUMNS, draw_latencies, draw_queue, finish, legend
-from vecsim.plot.style import DECODE, E2E, PHASES, PREFILL, TTFT, Picture, heading, ticks_at_integers
+from vecsim.plot.style import DECODE, E2E, EMPTY, PHASES, PREFILL, TTFT, Picture, heading, ticks_at_integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,15 +19,16 @@ def draw(run: "Run") -> Any:
     """Batch composition, tokens computed, KV memory, queue and latencies on one time axis; see `vecsim.plot.run`."""
     if not run.steps.sizes["step"]:
         return draw_nothing(run)
-    workers = [float(np.clip(0.25 * run.engine.workers, 1.0, 4.0))] if isinstance(run.engine, Cluster) else []
-    heights = [*workers, 2.0, 1.1, *([1.1] if has_memory(run) else []), 1.0, 1.6]
+    workers = run.engine.workers if isinstance(run.engine, Cluster) else 0
+    fleet = [float(np.clip(0.25 * workers, 1.0, 4.0))] if workers else []
+    heights = [*fleet, 2.0, 1.1, *([1.1] if has_memory(run) else []), 1.0, 1.6]
     figure = Picture(figsize=(11, sum(heights) + 1.6), layout="constrained")
     axes = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     edges = columns(run)
     if workers:
         from vecsim.plot.fleets import draw_workers
 
-        draw_workers(axes.pop(0), run, edges)
+        draw_workers(axes.pop(0), run, workers, edges)
     draw_batch(axes[0], run, edges)
     draw_tokens(axes[1], run, edges)
     if has_memory(run):
@@ -37,7 +38,8 @@ def draw(run: "Run") -> Any:
     draw_latencies(latency, run, TTFT, E2E)
     finish(queue, latency, [run])
     figure.suptitle(heading(run), fontsize="medium")
-    legend(figure, PHASES, [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)])
+    phases = (("idle", EMPTY), *PHASES) if workers else PHASES
+    legend(figure, phases, [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)])
     return figure
 
 
