@@ -335,12 +335,14 @@ class Room:
 
     def make_fleet(self) -> Fleet:
         """Room for the largest fleet of a block; of no worker where there is none."""
-        from vecsim.kernel import token_state
-        from vecsim.kernel.kv import NODE_ROWS
-        from vecsim.kernel.token_scenarios import FIELDS, WORKERS
+        from vecsim.kernel import handover, token_state
+        from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
+        from vecsim.kernel.links import links_for
+        from vecsim.kernel.token_scenarios import FIELDS, SPLIT, WORKERS
 
         workers = int(self.fleets[:, WORKERS].max(initial=0))
         n = self.requests if workers else 0
+        moving = n if self.fleets[:, SPLIT].any() else 0  # from workers that prefill only
         column = {name: self.groups[:, i] for i, name in enumerate(FIELDS)}
         slots = int(column["slots"].max(initial=0)) + 1
         leaves = 1 << max(workers - 1, 1).bit_length()
@@ -357,11 +359,24 @@ class Room:
             fits=np.zeros(len(self.groups), np.uint8),
             sent=number(workers),
             sent_blocks=number(workers),
-            turn=number(1),
+            turn=number(2),
             bound=whole(n),
-            worker=whole(n),
             clock=np.empty(2 * leaves),
             loads=np.empty(2 * leaves),
+            prefill_loads=np.empty(2 * leaves),
+            way=whole(handover.WAY_ROWS, n),
+            instants=np.zeros((handover.INSTANT_ROWS, moving)),
+            moved=np.zeros(moving),
+            timers=whole(moving),
+            between=number(handover.BETWEEN),
+            waiting=number(2 * workers),
+            ones=np.ones(moving, np.int32),
+            own=whole(token_state.OWN_ROWS, moving),
+            times=np.zeros((token_state.TIME_ROWS, moving)),
+            owned=whole(OWNED_ROWS, moving if self.caching else 0),
+            own_blocks=np.zeros(self.with_ids + 1 if self.caching and moving else 0, np.uint8),
+            links=links_for(workers + 1, moving),
+            bandwidths=np.zeros(workers + 1),
             unmeasured=number(token_state.GAP_BINS),
             counts=number(workers, token_state.COUNTS),
             sums=np.zeros((workers, token_state.SUMS)),

@@ -13,6 +13,7 @@ from numba.core import cgutils
 from numba.core.errors import NumbaExperimentalFeatureWarning, TypingError
 from numba.extending import intrinsic
 
+from vecsim.kernel.links import links_for
 from vecsim.kernel.state import (
     Array,
     Batch,
@@ -24,12 +25,14 @@ from vecsim.kernel.state import (
     Policy,
     Requests,
     Router,
+    Split,
     StepBatch,
     StepModel,
     StepRecord,
     TokenBatch,
     TokenLoad,
     TokenWork,
+    Transfer,
 )
 
 COUNT, TIME = numba.int64, numba.float64
@@ -113,6 +116,9 @@ FLEET_LOOP = (
         numba.typeof(value)
         for value in (
             like(Router),
+            like(Router),
+            like(Split),
+            like(Transfer),
             like(
                 Fleet,
                 blocks=NUMBERS,
@@ -122,6 +128,15 @@ FLEET_LOOP = (
                 turn=NUMBERS,
                 clock=FLOATS,
                 loads=FLOATS,
+                prefill_loads=FLOATS,
+                instants=FLOAT_ROWS,
+                moved=FLOATS,
+                between=NUMBERS,
+                waiting=NUMBERS,
+                times=FLOAT_ROWS,
+                own_blocks=BYTES,
+                links=links_for(0, 0),
+                bandwidths=FLOATS,
                 unmeasured=NUMBERS,
                 counts=NUMBER_ROWS,
                 sums=FLOAT_ROWS,
@@ -130,7 +145,19 @@ FLEET_LOOP = (
                 nodes=np.empty((0, 0, 0), np.int32),
                 **dict.fromkeys(
                     (
-                        *("first", "unclip", "residues", "prefills", "chunk_of", "chunk_tokens", "stack", "ended"),
+                        *(
+                            "way",
+                            "own",
+                            "owned",
+                            "first",
+                            "unclip",
+                            "residues",
+                            "prefills",
+                            "chunk_of",
+                            "chunk_tokens",
+                            "stack",
+                            "ended",
+                        ),
                         *("joined", "newcomers", "starving", "node_of"),
                     ),
                     WHOLE_ROWS,

@@ -2,17 +2,50 @@
 
 Each worker runs the step loop of `vecsim.kernel.token`, called by its address, from one boundary until the next thing
 that may concern it: who it serves, and what a step does, is decided there alone. What a step does is known when it
-begins; others learn of it when it ends. Ties go: arrivals, then boundaries of workers in their order.
+begins; others learn of it when it ends. Ties go: what moves between workers, arrivals, boundaries of workers in their
+order.
+
+Where prefill is kept apart, the first workers do nothing else: to them a request has one token to yield, and what they
+hold for it stays until it has moved to the worker that decodes.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vecsim.kernel import tree
+from vecsim.kernel import links, tree
 from vecsim.kernel.address import call_token_loop
+from vecsim.kernel.handover import (
+    DECODES_AT,
+    DUE,
+    NOTICE,
+    NOTICED_AT,
+    PREFILL_GROUPS,
+    PREFILLED_AT,
+    PREFILLS_AT,
+    QUEUE_FIRST,
+    QUEUED_FOR_PREFILL,
+    REMOTE,
+    RESERVED_AT,
+    STEPS_MADE,
+    TIMERS,
+    TO_PREFILL_AT,
+    WAITS_FOR,
+    arrive,
+    begin_transfer,
+    flow,
+    give_back,
+    hit_tokens,
+    local,
+    put_in,
+    reserve,
+    settle,
+    take_out,
+)
 from vecsim.kernel.heap import pop
-from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned
+from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
-from vecsim.kernel.routing import LEAST_KV, load_of, route
+from vecsim.kernel.routing import LEAST_KV, load_of, outstanding, route
 from vecsim.kernel.state import (
     BEGINS,
     COASTING,
@@ -27,12 +60,13 @@ from vecsim.kernel.state import (
     TokenLoad,
     TokenWork,
 )
-from vecsim.kernel.token import MOST_STEPS, forget_steps, issue, never_fits, report, reset_requests
+from vecsim.kernel.token import MOST_STEPS, forget_steps, issue, let_ended_go, never_fits, report, reset_requests
 from vecsim.kernel.token_scenarios import memory_of, model_of, policy_of
 from vecsim.kernel.token_state import (
     ALL_STEPS,
     ARRIVALS,
     BACKLOG,
+    BLOCKED,
     BUSY,
     COMING,
     COMPUTED,
@@ -41,7 +75,9 @@ from vecsim.kernel.token_state import (
     DROPPED_AT_ONCE,
     END_TIME,
     ENDED,
+    ENDED_AT,
     ENQUEUED,
+    FIRST_AT,
     FORESEEN,
     GAP_BINS,
     GAP_HIGH,
@@ -50,30 +86,41 @@ from vecsim.kernel.token_state import (
     GAP_SUM,
     GAPS,
     GENERATED,
+    GONE,
+    HIT,
     HIT_TOKENS,
     HORIZON,
     INBOX_HEAD,
     ISSUED,
+    KV,
+    LAST_AT,
     LONGEST,
     MAX_QUEUE,
     MEASURING,
     NOW,
     PEAK,
     PREEMPTED,
+    PREEMPTIONS,
+    PREFILL,
     PROMPT_TOKENS,
+    QUEUED,
     REPORTED,
     RUNNING,
     SCHEDULED,
     SINCE,
+    STARTED_AT,
     STATE,
     STEP,
     STEPS,
     TOKENS,
+    UNSEEN,
     USED,
     WAITING,
     blocks_for,
+    full_blocks,
     put_last,
 )
+from vecsim.kv_cache import ENDLESS
 
 # What counts references to arrays it returns would leave them counted here, where nobody does.
 tables_of = inlined(model_of.py_func)
@@ -82,16 +129,38 @@ tables_of = inlined(model_of.py_func)
 WATCH = 1 << 12
 
 
+class World(NamedTuple):
+    """Everything that one scenario of a fleet is made of; see `simulate_fleet`."""
+
+    step_loop: Any
+    fleet: Any
+    split: Any
+    router: Any
+    prefill_router: Any
+    transfer: Any
+    groups: Any
+    tables: Any
+    load: Any
+    work: Any
+    cache: Any
+    record: Any
+    warmup: Any
+    stop: Any
+    own_rule: Any
+    own_duration: Any
+
+
 @inlined
-def view(fleet, work, worker, gaps):
+def view(fleet, split, work, worker, gaps):
     """What one worker works in: its own rows, and the requests of all."""
     w = unsigned(worker)
+    prefills = worker < split.prefill_workers
     return TokenWork(
         fleet.counts[w],
         fleet.sums[w],
         gaps,
-        work.own,
-        work.times,
+        fleet.own if prefills else work.own,
+        fleet.times if prefills else work.times,
         fleet.first[w],
         fleet.unclip[w],
         fleet.residues[w],
@@ -110,23 +179,41 @@ def view(fleet, work, worker, gaps):
 
 
 @inlined
-def visiting(load, kind, worker):
-    """The load as a worker is given it: requests come by its inbox alone."""
+def cache_of(fleet, split, cache, worker):
+    """What a worker can find in its KV memory."""
+    w = unsigned(worker)
+    prefills = worker < split.prefill_workers
+    return Cache(
+        fleet.nodes[w],
+        fleet.node_of[w],
+        fleet.owned if prefills else cache.owned,
+        fleet.own_blocks if prefills else cache.own,
+        cache.ids,
+        cache.shared,
+        cache.own_start,
+    )
+
+
+@inlined
+def visiting(load, fleet, split, kind, worker):
+    """The load as a worker is given it: requests come by its inbox alone, and have one token to yield for a prefill."""
+    prefills = worker < split.prefill_workers
+    requests = load.prompt_tokens.size
     return TokenLoad(
         load.arrived_at,
         load.prompt_tokens,
-        load.output_tokens,
-        load.max_tokens,
+        fleet.ones[:requests] if prefills else load.output_tokens,
+        fleet.ones[:requests] if prefills else load.max_tokens,
         load.classes,
         load.follower[:0],
         load.think,
         load.urgency,
         load.ttft_limits,
         load.itl_limits,
-        load.watches_gaps,
+        load.watches_gaps and not prefills,
         0,
         kind,
-        int(worker),
+        whole(worker),
         False,
         load.think_time,
         load.before_queue,
@@ -135,75 +222,450 @@ def visiting(load, kind, worker):
     )
 
 
+@inlined
+def kind_of(fleet, worker):
+    """Where the numbers of a worker's kind are."""
+    return unsigned(fleet.group[unsigned(worker)])
+
+
 @bare
-def visit(
-    step_loop, fleet, groups, tables, load, work, cache, record, worker, kind, until, warmup, stop, own_rule,
-    own_duration, gaps,
-):  # fmt: skip
+def visit(world, worker, kind, until):
     """Have a worker go on until a time; returns the status."""
+    fleet, split, groups, load, work, cache = (
+        world.fleet, world.split, world.groups, world.load, world.work, world.cache,
+    )  # fmt: skip
+    p = groups[kind_of(fleet, worker)]
     w = unsigned(worker)
-    p = groups[unsigned(fleet.group[w])]
-    memory = memory_of(p)
-    its_cache = Cache(
-        fleet.nodes[w], fleet.node_of[w], cache.owned, cache.own, cache.ids, cache.shared, cache.own_start
-    )
-    return call_token_loop(
-        step_loop,
+    measures = fleet.counts[w, MEASURING] != 0 and worker >= split.prefill_workers
+    fleet.counts[w, ALL_STEPS] = fleet.between[STEPS_MADE]
+    status = call_token_loop(
+        world.step_loop,
         (
-            policy_of(p), memory, tables_of(p, tables), visiting(load, kind, worker), view(fleet, work, worker, gaps),
-            its_cache, record, until, warmup, stop, own_rule, own_duration,
+            policy_of(p), memory_of(p), tables_of(p, world.tables), visiting(load, fleet, split, kind, worker),
+            view(fleet, split, work, worker, work.gaps if measures else fleet.unmeasured),
+            cache_of(fleet, split, cache, worker), world.record, until, world.warmup,
+            world.stop, world.own_rule, world.own_duration,
         ),
     )  # fmt: skip
+    if kind != BEGINS:
+        fleet.between[STEPS_MADE] = fleet.counts[w, ALL_STEPS]
+    return status
+
+
+@inlined
+def coasts(fleet, worker):
+    """Whether a worker is left behind the time, since it does nothing but decode."""
+    w = unsigned(worker)
+    return fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME]
+
+
+@inlined
+def sleeps(fleet, worker):
+    """Whether a worker has nothing to do."""
+    return fleet.clock[unsigned((fleet.clock.size >> 1) + worker)] == np.inf
 
 
 @bare
-def let_others_know(fleet, load, work, memory, worker, t):
-    """A step has ended at `t`: send the next requests of those whose last one has ended in it."""
+def wake(fleet, worker, t):
+    """Something has come to a worker that is at its first boundary from `t` on, or sleeps."""
     w = unsigned(worker)
-    own_counts = fleet.counts[w]
+    if sleeps(fleet, worker):
+        fleet.sums[w, END_TIME] = t
+    fleet.sums[w, FORESEEN] = 0.0
+    fleet.counts[w, BLOCKED] = 0
+    tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
+
+
+@bare
+def note_load(fleet, split, router, prefill_router, worker):
+    """Let routers see what a worker has to do now."""
+    if worker < split.prefill_workers:
+        tree.put(fleet.prefill_loads, worker, load_of(fleet, prefill_router, worker))
+    else:
+        tree.put(fleet.loads, worker - split.prefill_workers, load_of(fleet, router, worker))
+
+
+@bare
+def send(fleet, split, groups, load, work, request, worker, t):
+    """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
+    w, r = unsigned(worker), unsigned(request)
+    memory = memory_of(groups[kind_of(fleet, worker)])
+    prefills = worker < split.prefill_workers
+    times = fleet.times if prefills else work.times
+    times[SINCE, r] = t
+    if prefills:
+        put_last(fleet.counts[w], fleet.own, INBOX_HEAD, request)
+    else:
+        put_last(fleet.counts[w], work.own, INBOX_HEAD, request)
+    fleet.sent[w] += 1
+    fleet.sent_blocks[w] += blocks_for(whole(load.prompt_tokens[r]), memory.block_size, memory.shift)
+    wake(fleet, worker, t)
+
+
+@inlined
+def new_at(own, request):
+    """A request that a worker has not computed anything of."""
+    own[COMPUTED, unsigned(request)] = 0
+    own[GENERATED, unsigned(request)] = 0
+
+
+@bare
+def judge(fleet, groups, load, request, first, last, prefills):
+    """Which kinds of workers could ever hold a request, into `fleet.fits`; of kinds [first, last)."""
+    r = unsigned(request)
+    output, cap = (1, 1) if prefills else (whole(load.output_tokens[r]), whole(load.max_tokens[r]))
+    for group in range(first, last):
+        p = groups[unsigned(group)]
+        fleet.fits[unsigned(group)] = not never_fits(
+            policy_of(p), memory_of(p), whole(load.prompt_tokens[r]), output, cap
+        )
+
+
+@bare
+def follow_up(fleet, load, work, request, worker, t):
+    """A request has ended at `t`: have the next one of its user come; returns the status."""
+    r = unsigned(request)
+    seen = t + load.output_tokens[r] * load.per_token + load.at_completion
+    if load.closed:
+        if work.counts[ISSUED] == load.prompt_tokens.size:
+            return OUT_OF_REQUESTS
+        issue(work, load, work.counts[ISSUED], seen + load.think_time)
+        work.counts[ISSUED] += 1
+    elif load.follower.size > 0 and load.follower[r] >= 0:
+        following = whole(load.follower[r])
+        fleet.bound[unsigned(following)] = worker
+        issue(work, load, following, seen + load.think[unsigned(following)])
+    return DONE
+
+
+@bare
+def catch_up(world, worker, t):
+    """Have a worker that does nothing but decode come to its first boundary from `t` on; returns the status."""
+    if not coasts(world.fleet, worker):
+        return DONE
+    return visit(world, worker, GOES_ON, t)
+
+
+@bare
+def prefill_at(world, request, worker, t):
+    """Send a request to a prefill worker."""
+    fleet, split, router, prefill_router, groups, load, work = (
+        world.fleet, world.split, world.router, world.prefill_router, world.groups, world.load, world.work,
+    )  # fmt: skip
+    r = unsigned(request)
+    fleet.way[PREFILLS_AT, r] = worker
+    new_at(fleet.own, request)
+    fleet.own[KV, r] = -1
+    send(fleet, split, groups, load, work, request, worker, t)
+    note_load(fleet, split, router, prefill_router, worker)
+
+
+@bare
+def idle_prefill_worker(fleet, groups, split):
+    """The prefill worker with the fewest requests that has a free slot; -1 if there is none."""
+    worker = tree.first(fleet.prefill_loads)
+    if outstanding(fleet, worker) < int(groups[kind_of(fleet, worker)][0]) and fleet.fits[fleet.group[worker]]:
+        return worker
+    best = -1
+    for worker in range(split.prefill_workers if groups.shape[0] > 2 else 0):
+        room = outstanding(fleet, worker) < int(groups[kind_of(fleet, worker)][0])
+        if room and fleet.fits[fleet.group[worker]] and (
+            best < 0 or outstanding(fleet, worker) < outstanding(fleet, best)
+        ):  # fmt: skip
+            best = worker
+    return best
+
+
+@bare
+def go_to_prefill(world, request, t):
+    """Send a request to a prefill worker, or into the queue for one."""
+    fleet, split, prefill_router, groups, load = (
+        world.fleet,
+        world.split,
+        world.prefill_router,
+        world.groups,
+        world.load,
+    )
+    fleet.instants[TO_PREFILL_AT, unsigned(request)] = t
+    judge(fleet, groups, load, request, 0, fleet.between[PREFILL_GROUPS], True)
+    if not split.queued:
+        prefill_at(
+            world, request, route(fleet, prefill_router, fleet.prefill_loads, request, 0, split.prefill_workers), t
+        )
+        return
+    worker = -1
+    if fleet.between[QUEUE_FIRST] < 0:
+        worker = idle_prefill_worker(fleet, groups, split)
+    if worker >= 0:
+        prefill_at(world, request, worker, t)
+    else:
+        put_in(fleet.between, QUEUE_FIRST, fleet.way, request)
+        fleet.between[QUEUED_FOR_PREFILL] += 1
+
+
+@bare
+def try_to_reserve(world, request, worker, t):
+    """Reserve a request's blocks at its decode worker, which is at its first boundary from `t` on."""
+    fleet, split, groups, load, work, cache, warmup = (
+        world.fleet, world.split, world.groups, world.load, world.work, world.cache, world.warmup,
+    )  # fmt: skip
+    w = unsigned(worker)
+    p = groups[kind_of(fleet, worker)]
+    its_work, its_cache = view(fleet, split, work, worker, work.gaps), cache_of(fleet, split, cache, worker)
+    holds = fleet.counts[w, FREE] < fleet.blocks[w]
+    if not reserve(policy_of(p), memory_of(p), load, its_work, its_cache, warmup, holds, request):
+        return False
+    fleet.instants[RESERVED_AT, unsigned(request)] = t
+    if not sleeps(fleet, worker):  # it may run out of blocks earlier now
+        fleet.sums[w, FORESEEN] = 0.0
+        tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
+    return True
+
+
+@bare
+def on_reserved(world, request, t):
+    """A request's blocks are reserved: it goes on to what comes next; returns the status."""
+    split = world.split
+    if split.reserves_first:
+        go_to_prefill(world, request, t)
+        return DONE
+    return move(world, request, t)
+
+
+@bare
+def reserve_or_wait(world, request, worker, t):
+    """Reserve a request's blocks at its decode worker, or have it wait there until there are enough."""
+    fleet = world.fleet
+    status = catch_up(world, worker, t)
+    if status != DONE:
+        return status
+    first = 2 * int(worker)
+    if fleet.waiting[first] < 0 and try_to_reserve(world, request, worker, t):
+        return on_reserved(world, request, t)
+    put_in(fleet.waiting, first, fleet.way, request)
+    # It must not run on over the next end, which may make room.
+    wake_if_awake(fleet, worker)
+    return DONE
+
+
+@inlined
+def wake_if_awake(fleet, worker):
+    if not sleeps(fleet, worker):
+        fleet.sums[unsigned(worker), FORESEEN] = 0.0
+        tree.put(fleet.clock, worker, fleet.sums[unsigned(worker), END_TIME])
+
+
+@bare
+def retry(world, worker, t):
+    """Blocks of a decode worker have come free: reserve for those that wait, in their order; returns the status."""
+    fleet, work, warmup, split = world.fleet, world.work, world.warmup, world.split
+    first = 2 * int(worker)
     status = DONE
-    for i in range(own_counts[REPORTED], own_counts[ENDED]):
-        request = int(fleet.ended[w, unsigned(i)])
-        r = unsigned(request)
-        seen = t + load.output_tokens[r] * load.per_token + load.at_completion
-        if load.closed:
-            if work.counts[ISSUED] == load.prompt_tokens.size:
-                status = OUT_OF_REQUESTS
-                break
-            issue(work, load, work.counts[ISSUED], seen + load.think_time)
-            work.counts[ISSUED] += 1
-        elif load.follower.size > 0 and load.follower[r] >= 0:
-            following = int(load.follower[r])
-            fleet.bound[unsigned(following)] = worker
-            issue(work, load, following, seen + load.think[unsigned(following)])
-    report(view(fleet, work, worker, work.gaps), load, memory)
+    while fleet.waiting[first] >= 0 and status == DONE:
+        request = whole(fleet.waiting[first])
+        if not try_to_reserve(world, request, worker, t):
+            break
+        take_out(fleet.waiting, first, fleet.way)
+        since = work.times[SINCE, unsigned(request)]
+        if not split.reserves_first:
+            since = fleet.instants[PREFILLED_AT, unsigned(request)]
+        work.sums[BACKLOG] += max(t - max(since, warmup), 0.0)
+        status = on_reserved(world, request, t)
     return status
 
 
 @bare
-def send(fleet, router, groups, load, work, request, worker, t):
-    """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
-    w, r = unsigned(worker), unsigned(request)
-    own, own_counts = work.own, fleet.counts[w]
-    memory = memory_of(groups[unsigned(fleet.group[w])])
-    fleet.worker[r] = worker
-    own[COMPUTED, r] = 0
-    own[GENERATED, r] = 0
-    work.times[SINCE, r] = t
-    put_last(own_counts, own, INBOX_HEAD, request)
-    fleet.sent[w] += 1
-    fleet.sent_blocks[w] += blocks_for(int(load.prompt_tokens[r]), memory.block_size, memory.shift)
-    tree.put(fleet.loads, worker, load_of(fleet, router, worker))
-    fleet.sums[w, FORESEEN] = 0.0
-    if fleet.clock[unsigned((fleet.clock.size >> 1) + worker)] == np.inf:
-        fleet.sums[w, END_TIME] = t
-    tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
+def move(world, request, t):
+    """Have a request's keys and values move to its decode worker; returns the status."""
+    fleet, transfer, groups, load, work = world.fleet, world.transfer, world.groups, world.load, world.work
+    r = unsigned(request)
+    memory = memory_of(groups[kind_of(fleet, whole(fleet.way[DECODES_AT, r]))])
+    if begin_transfer(fleet, transfer, load, whole(work.own[HIT, r]), memory.block_size, request, t):
+        return arrived(world, request, t)
+    return DONE
+
+
+@bare
+def unpin(world, request, t):
+    """Free what a request holds at its prefill worker."""
+    fleet, split, groups, load, work, cache = (
+        world.fleet,
+        world.split,
+        world.groups,
+        world.load,
+        world.work,
+        world.cache,
+    )
+    r = unsigned(request)
+    worker = whole(fleet.way[PREFILLS_AT, r])
+    memory = memory_of(groups[kind_of(fleet, worker)])
+    full = full_blocks(whole(load.prompt_tokens[r]), memory.block_size, memory.shift)
+    give_back(memory, view(fleet, split, work, worker, work.gaps), cache_of(fleet, split, cache, worker), request, full)
+    if sleeps(fleet, worker):
+        if fleet.counts[unsigned(worker), WAITING] > 0:
+            wake(fleet, worker, t)
+    else:
+        fleet.counts[unsigned(worker), BLOCKED] = 0
+
+
+@bare
+def arrived(world, request, t):
+    """A request's keys and values are at its decode worker, and it is noticed; returns the status."""
+    fleet, split, router, prefill_router, groups, load, work = (
+        world.fleet, world.split, world.router, world.prefill_router, world.groups, world.load, world.work,
+    )  # fmt: skip
+    r = unsigned(request)
+    worker = whole(fleet.way[DECODES_AT, r])
+    fleet.instants[NOTICED_AT, r] = t
+    unpin(world, request, t)
+    status = catch_up(world, worker, t)
+    arrive(load, work, request, split.first_by_prefill)
+    send(fleet, split, groups, load, work, request, worker, t)
+    note_load(fleet, split, router, prefill_router, worker)
+    return status
+
+
+@bare
+def prefilled(world, request, worker, t):
+    """A request's prefill has ended; returns the status."""
+    fleet, split, router, groups, load, work, cache = (
+        world.fleet, world.split, world.router, world.groups, world.load, world.work, world.cache,
+    )  # fmt: skip
+    r = unsigned(request)
+    fleet.instants[PREFILLED_AT, r] = t
+    own, times = work.own, work.times
+    if split.first_by_prefill:
+        times[FIRST_AT, r] = times[LAST_AT, r] = t
+        if load.output_tokens[r] == 1:
+            own[STATE, r] = GONE
+            own[GENERATED, r] = 1
+            times[ENDED_AT, r] = t
+            unpin(world, request, t)
+            if split.reserves_first:
+                decodes_at = whole(fleet.way[DECODES_AT, r])
+                status = catch_up(world, decodes_at, t)
+                if status != DONE:
+                    return status
+                memory = memory_of(groups[kind_of(fleet, decodes_at)])
+                full = full_blocks(int(own[HIT, r]), memory.block_size, memory.shift)
+                give_back(
+                    memory, view(fleet, split, work, decodes_at, work.gaps), cache_of(fleet, split, cache, decodes_at),
+                    request, full,
+                )  # fmt: skip
+                wake_if_awake(fleet, decodes_at)
+                status = retry(world, decodes_at, t)
+                if status != DONE:
+                    return status
+            return follow_up(fleet, load, work, request, worker, t)
+    if split.reserves_first:
+        return move(world, request, t)
+    decode_groups = groups.shape[0]
+    judge(fleet, groups, load, request, fleet.between[PREFILL_GROUPS], decode_groups, False)
+    worker = route(fleet, router, fleet.loads, request, split.prefill_workers, fleet.group.size - split.prefill_workers)
+    fleet.way[DECODES_AT, r] = worker
+    return reserve_or_wait(world, request, worker, t)
+
+
+@bare
+def end_of_step(world, worker, t):
+    """The step of a worker has ended: others learn of the requests that ended in it; returns the status."""
+    fleet, split, groups, load, work = world.fleet, world.split, world.groups, world.load, world.work
+    w = unsigned(worker)
+    status = DONE
+    for i in range(fleet.counts[w, REPORTED], fleet.counts[w, ENDED]):
+        request = whole(fleet.ended[w, unsigned(i)])
+        if worker < split.prefill_workers:
+            status = prefilled(world, request, worker, t)
+        else:
+            status = follow_up(fleet, load, work, request, worker, t)
+        if status != DONE:
+            break
+    memory = memory_of(groups[kind_of(fleet, worker)])
+    report(view(fleet, split, work, worker, work.gaps), load, memory)
+    return status
+
+
+@bare
+def route_arrival(world, request, t):
+    """A request has come to the router; returns the status."""
+    fleet, split, router, prefill_router, groups, load, work = (
+        world.fleet, world.split, world.router, world.prefill_router, world.groups, world.load, world.work,
+    )  # fmt: skip
+    counts, own = work.counts, work.own
+    r = unsigned(request)
+    first = split.prefill_workers
+    judge(fleet, groups, load, request, fleet.between[PREFILL_GROUPS], groups.shape[0], False)
+    worker = route(fleet, router, fleet.loads, request, first, fleet.group.size - first)
+    if worker < 0:
+        counts[ENQUEUED] += 1
+        counts[DROPPED] += 1
+        own[STATE, r] = DROPPED_AT_ONCE
+        if load.closed:
+            if counts[ISSUED] == load.prompt_tokens.size:
+                return OUT_OF_REQUESTS
+            issue(work, load, counts[ISSUED], t + max(load.think_time, 1.0))
+            counts[ISSUED] += 1
+        return DONE
+    fleet.way[DECODES_AT, r] = worker
+    status = catch_up(world, worker, t)
+    if status != DONE:
+        return status
+    if first > 0 and is_remote(world, request, worker):
+        fleet.way[REMOTE, r] = 1
+        work.times[SINCE, r] = t
+        counts[ENQUEUED] += 1
+        if split.reserves_first:
+            return reserve_or_wait(world, request, worker, t)
+        fleet.way[DECODES_AT, r] = -1
+        go_to_prefill(world, request, t)
+        return DONE
+    new_at(own, request)
+    send(fleet, split, groups, load, work, request, worker, t)
+    note_load(fleet, split, router, prefill_router, worker)
+    return DONE
+
+
+@bare
+def is_remote(world, request, worker):
+    """Whether a request is prefilled elsewhere than at its decode worker."""
+    fleet, split, prefill_router, groups, load, cache = (
+        world.fleet,
+        world.split,
+        world.prefill_router,
+        world.groups,
+        world.load,
+        world.cache,
+    )
+    r = unsigned(request)
+    w = unsigned(worker)
+    judge(fleet, groups, load, request, 0, fleet.between[PREFILL_GROUPS], True)
+    able = 0
+    for group in range(fleet.between[PREFILL_GROUPS]):
+        able += fleet.fits[unsigned(group)]
+    if able == 0:
+        return False
+    memory = memory_of(groups[kind_of(fleet, worker)])
+    prompt = whole(load.prompt_tokens[r])
+    hit = hit_tokens(cache_of(fleet, split, cache, worker), memory, prompt, request)
+    used = (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w] if memory.blocks < ENDLESS else 0.0
+    waiting = whole(fleet.between[QUEUED_FOR_PREFILL])
+    busy = False
+    if split.queued:
+        busy = waiting > 0 or idle_prefill_worker(fleet, groups, split) < 0
+    else:
+        for other in range(split.prefill_workers):
+            waiting += fleet.counts[unsigned(other), WAITING]
+        turn = fleet.turn[1]
+        chosen = route(fleet, prefill_router, fleet.prefill_loads, request, 0, split.prefill_workers)
+        fleet.turn[1] = turn
+        busy = outstanding(fleet, chosen) > 0
+    return not local(split, prompt, hit, used, busy, waiting)
 
 
 @bare_entry
 def simulate_fleet(
-    step_loop, router, fleet, groups, tables, load, work, cache, record, time_limit, warmup, stop, own_rule,
-    own_duration,
+    step_loop, router, prefill_router, split, transfer, fleet, groups, tables, load, work, cache, record, time_limit,
+    warmup, stop, own_rule, own_duration,
 ):  # fmt: skip
     """Run one scenario of a fleet; returns the status. Results stay in `fleet`, and in `work` as if of one engine.
 
@@ -211,7 +673,10 @@ def simulate_fleet(
     ----------
     step_loop : int
         Address of `vecsim.kernel.token.simulate`.
-    router : Router
+    router, prefill_router : Router
+        Of workers that decode, and of those that prefill only.
+    split : Split
+    transfer : Transfer
     fleet : Fleet
     groups : array
         [group, field] The numbers of each kind of worker, in the order of `vecsim.kernel.token_scenarios.FIELDS`.
@@ -221,36 +686,52 @@ def simulate_fleet(
     Others as for `vecsim.kernel.token.simulate`.
     """
     counts, sums, gaps, own, times = work.counts, work.sums, work.gaps, work.own, work.times
+    between = fleet.between
     requests = load.prompt_tokens.size
     workers = fleet.group.size
-    stops = load.closed or load.follower.size > 0
-    kind = STOPS if stops else GOES_ON
+    prefill_workers = split.prefill_workers
+    users_wait = load.closed or load.follower.size > 0
+    lazy = router.code != LEAST_KV
+    world = World(
+        step_loop, fleet, split, router, prefill_router, transfer, groups, tables, load, work, cache, record, warmup,
+        stop, own_rule, own_duration,
+    )  # fmt: skip
 
     gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
     counts[:] = 0
     sums[:] = 0.0
     reset_requests(own, times, cache.owned, requests, cache.owned.size > 0)
     fleet.bound[:requests] = -1
-    fleet.worker[:requests] = -1
+    fleet.way[:REMOTE, :requests] = -1
     fleet.sent[:] = 0
     fleet.sent_blocks[:] = 0
-    fleet.turn[0] = 0
+    fleet.turn[:] = 0
+    fleet.waiting[:] = -1
+    between[:] = 0
+    between[QUEUE_FIRST] = -1
     tree.clear(fleet.clock)
     tree.clear(fleet.loads)
-    lazy = router.code != LEAST_KV
+    tree.clear(fleet.prefill_loads)
+    if prefill_workers > 0:
+        reset_requests(fleet.own, fleet.times, fleet.owned, requests, fleet.owned.size > 0)
+        fleet.way[REMOTE, :requests] = 0
+        fleet.instants[:, :requests] = np.nan
+        fleet.moved[:requests] = 0.0
+        between[PREFILL_GROUPS] = fleet.group[unsigned(prefill_workers - 1)] + 1
+        fleet.bandwidths[:prefill_workers] = transfer.source_bandwidth
+        fleet.bandwidths[prefill_workers:workers] = transfer.destination_bandwidth
+        fleet.bandwidths[workers] = transfer.fabric_bandwidth
+        links.reset(fleet.links, fleet.bandwidths)
     for worker in range(workers):
-        visit(
-            step_loop, fleet, groups, tables, load, work, cache, record, worker, BEGINS, 0.0, warmup, stop, own_rule,
-            own_duration, gaps,
-        )  # fmt: skip
+        visit(world, worker, BEGINS, 0.0)
         fleet.blocks[unsigned(worker)] = fleet.counts[unsigned(worker), FREE]
-        tree.put(fleet.loads, worker, 0.0)
+        note_load(fleet, split, router, prefill_router, worker)
 
     static = min(load.static, requests)
     counts[ISSUED] = static
     static_due = load.arrived_at[0] + load.before_queue if static > 0 else np.inf
     dynamic_due = np.inf
-    all_steps = 0
+    moving_due = np.inf
     events = 0
     status = DONE
     while status == DONE:
@@ -258,12 +739,32 @@ def simulate_fleet(
         if events & (WATCH - 1) == 0 and stop[0]:
             status = INTERRUPTED
             break
+        if users_wait:
+            dynamic_due = times[SINCE, unsigned(work.coming[0])] if counts[COMING] > 0 else np.inf
         due = min(static_due, dynamic_due)
         t = fleet.clock[1]
+        if prefill_workers > 0:
+            timer_due = fleet.instants[DUE, unsigned(fleet.timers[0])] if between[TIMERS] > 0 else np.inf
+            link_due, moving = links.next_end(fleet.links)
+            moving_due = min(timer_due, link_due)
+            if moving_due <= min(due, t):
+                if moving_due >= time_limit or moving_due == np.inf:
+                    break
+                if timer_due <= link_due:
+                    request = whole(pop(fleet.timers, between[TIMERS], fleet.instants[DUE], load.arrived_at))
+                    between[TIMERS] -= 1
+                    if fleet.way[WAITS_FOR, unsigned(request)] == NOTICE or flow(
+                        fleet, transfer, load, request, moving_due
+                    ):
+                        status = arrived(world, request, moving_due)
+                else:
+                    links.end(fleet.links, moving_due, moving)
+                    if settle(fleet, transfer, load, moving, moving_due):
+                        status = arrived(world, whole(moving), moving_due)
+                continue
         if due <= t:
             if due >= time_limit or due == np.inf:
                 break
-            t = due
             if static_due <= dynamic_due:
                 request = int(counts[ARRIVALS])
                 counts[ARRIVALS] += 1
@@ -271,51 +772,44 @@ def simulate_fleet(
                     load.arrived_at[unsigned(request + 1)] + load.before_queue if request + 1 < static else np.inf
                 )
             else:
-                request = pop(work.coming, counts[COMING], times[SINCE], load.arrived_at)
+                request = whole(pop(work.coming, counts[COMING], times[SINCE], load.arrived_at))
                 counts[COMING] -= 1
-                dynamic_due = times[SINCE, unsigned(work.coming[0])] if counts[COMING] > 0 else np.inf
-            r = unsigned(request)
-            for group in range(groups.shape[0]):
-                p = groups[unsigned(group)]
-                fleet.fits[unsigned(group)] = not never_fits(
-                    policy_of(p), memory_of(p), int(load.prompt_tokens[r]), int(load.output_tokens[r]),
-                    int(load.max_tokens[r]),
-                )  # fmt: skip
-            worker = route(fleet, router, request, 0, workers, fleet.fits)
-            if worker >= 0:
-                w = unsigned(worker)
-                if fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME]:
-                    fleet.counts[w, ALL_STEPS] = all_steps
-                    status = visit(
-                        step_loop, fleet, groups, tables, load, work, cache, record, worker, kind, t, warmup, stop,
-                        own_rule, own_duration, gaps if fleet.counts[w, MEASURING] else fleet.unmeasured,
-                    )  # fmt: skip
-                    all_steps = int(fleet.counts[w, ALL_STEPS])
-                    if status != DONE:
-                        break
-                send(fleet, router, groups, load, work, request, worker, t)
-                continue
-            counts[ENQUEUED] += 1
-            counts[DROPPED] += 1
-            own[STATE, r] = DROPPED_AT_ONCE
-            if load.closed:
-                if counts[ISSUED] == requests:
-                    status = OUT_OF_REQUESTS
-                    break
-                issue(work, load, counts[ISSUED], t + max(load.think_time, 1.0))
-                counts[ISSUED] += 1
-                dynamic_due = times[SINCE, unsigned(work.coming[0])]
+            status = route_arrival(world, request, due)
             continue
         if t >= time_limit:
             break
+
         worker = tree.first(fleet.clock)
         w = unsigned(worker)
-        if fleet.counts[w, REPORTED] < fleet.counts[w, ENDED] and stops:
-            status = let_others_know(fleet, load, work, memory_of(groups[unsigned(fleet.group[w])]), worker, t)
-            dynamic_due = times[SINCE, unsigned(work.coming[0])] if counts[COMING] > 0 else np.inf
-            tree.put(fleet.loads, worker, load_of(fleet, router, worker))
+        prefills = worker < prefill_workers
+        waits = fleet.waiting[2 * worker] >= 0
+        stops = users_wait or prefills or waits
+        if stops and coasts(fleet, worker):
+            status = visit(world, worker, STOPS, t)
+            tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
             continue
-        until = min(due, time_limit)
+        if stops and fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
+            status = end_of_step(world, worker, t)
+            note_load(fleet, split, router, prefill_router, worker)
+            continue
+        if prefills and split.queued:
+            while between[QUEUE_FIRST] >= 0 and outstanding(fleet, worker) < int(groups[kind_of(fleet, worker)][0]):
+                request = take_out(between, QUEUE_FIRST, fleet.way)
+                between[QUEUED_FOR_PREFILL] -= 1
+                sums[BACKLOG] += max(t - max(fleet.instants[TO_PREFILL_AT, unsigned(request)], warmup), 0.0)
+                prefill_at(world, request, worker, t)
+        if waits:
+            p = groups[kind_of(fleet, worker)]
+            if fleet.counts[w, ENDED] > 0:
+                let_ended_go(
+                    view(fleet, split, work, worker, gaps), load, cache_of(fleet, split, cache, worker), memory_of(p),
+                    policy_of(p),
+                )  # fmt: skip
+            status = retry(world, worker, t)
+            if status != DONE:
+                break
+
+        until = min(due, time_limit, moving_due)
         measures = fleet.sums[w, END_TIME] >= warmup
         if measures and fleet.counts[w, MEASURING] == 0:
             if warmup > 0.0:
@@ -324,20 +818,18 @@ def simulate_fleet(
         if not measures:
             until = min(until, warmup)
         fleet.sums[w, HORIZON] = (time_limit if measures else min(time_limit, warmup)) if lazy else 0.0
-        if stops:
+        if users_wait or prefill_workers > 0:
             tree.put(fleet.clock, worker, np.inf)
             until = min(until, fleet.clock[1])
-        fleet.counts[w, ALL_STEPS] = all_steps
         status = visit(
-            step_loop, fleet, groups, tables, load, work, cache, record, worker, kind,
-            max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf)), warmup, stop, own_rule, own_duration,
-            gaps if measures else fleet.unmeasured,
-        )  # fmt: skip
-        all_steps = int(fleet.counts[w, ALL_STEPS])
+            world, worker, STOPS if stops else GOES_ON, max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf))
+        )
         after = fleet.sums[w, END_TIME]
         if status == IDLE:
             after = np.inf
             status = DONE
+            if prefill_workers > 0 and not prefills and give_way(world, worker):
+                after = fleet.sums[w, END_TIME]
         elif status == COASTING:
             after = fleet.sums[w, FORESEEN]
             status = DONE
@@ -346,23 +838,78 @@ def simulate_fleet(
         if fleet.counts[w, STEP] > MOST_STEPS:
             status = TOO_LONG
         tree.put(fleet.clock, worker, after)
-        tree.put(fleet.loads, worker, load_of(fleet, router, worker))
+        note_load(fleet, split, router, prefill_router, worker)
     for worker in range(workers):
-        w = unsigned(worker)
-        if status == DONE and fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME]:
-            fleet.counts[w, ALL_STEPS] = all_steps
-            status = visit(
-                step_loop, fleet, groups, tables, load, work, cache, record, worker, kind, time_limit, warmup, stop,
-                own_rule, own_duration, gaps if fleet.counts[w, MEASURING] else fleet.unmeasured,
-            )  # fmt: skip
-            all_steps = int(fleet.counts[w, ALL_STEPS])
-    gather(fleet, load, work, requests, warmup, time_limit, status)
-    counts[ALL_STEPS] = all_steps
+        if status == DONE:
+            status = catch_up(world, worker, time_limit)
+    if prefill_workers > 0:
+        join(fleet, work, requests)
+    gather(fleet, split, work, requests, time_limit, status)
+    counts[ALL_STEPS] = between[STEPS_MADE]
     return status
 
 
 @bare
-def gather(fleet, load, work, requests, warmup, time_limit, status):
+def give_way(world, worker):
+    """A decode worker can't admit anything for want of blocks, and nothing runs: free those of the last that came.
+
+    It will compute all anew. Returns whether there was one.
+    """
+    fleet, split, groups, work, cache, load = (
+        world.fleet,
+        world.split,
+        world.groups,
+        world.work,
+        world.cache,
+        world.load,
+    )
+    w = unsigned(worker)
+    own = work.own
+    if fleet.counts[w, WAITING] == 0 or fleet.counts[w, RUNNING] > 0 or fleet.counts[w, BLOCKED] == 0:
+        return False
+    last = -1
+    for request in range(load.prompt_tokens.size):
+        r = unsigned(request)
+        has_blocks = fleet.way[DECODES_AT, r] == worker and own[STATE, r] == QUEUED and own[KV, r] > 0
+        if has_blocks and (last < 0 or fleet.instants[NOTICED_AT, r] >= fleet.instants[NOTICED_AT, unsigned(last)]):
+            last = request
+    if last < 0:
+        return False
+    memory = memory_of(groups[kind_of(fleet, worker)])
+    full = full_blocks(int(own[KV, unsigned(last)]) - 1, memory.block_size, memory.shift)
+    give_back(
+        memory, view(fleet, split, work, worker, work.gaps), cache_of(fleet, split, cache, worker), last, full
+    )  # fmt: skip
+    own[KV, unsigned(last)] = 0
+    own[PREEMPTIONS, unsigned(last)] += 1
+    fleet.counts[w, PREEMPTED] += 1
+    return True
+
+
+@bare
+def join(fleet, work, requests):
+    """Put both parts of the requests that were prefilled elsewhere together."""
+    own, times = work.own, work.times
+    for request in range(requests):
+        r = unsigned(request)
+        if fleet.way[REMOTE, r] != 1:
+            continue
+        times[STARTED_AT, r] = fleet.times[STARTED_AT, r]
+        own[PREEMPTIONS, r] += fleet.own[PREEMPTIONS, r]
+        if own[STATE, r] == UNSEEN:
+            # It has not come to its decode worker
+            own[GENERATED, r] = 0 if np.isnan(times[FIRST_AT, r]) else 1
+            if np.isnan(times[STARTED_AT, r]):
+                own[STATE, r] = QUEUED
+                work.counts[WAITING] += 1
+            else:
+                own[STATE, r] = PREFILL
+        elif own[STATE, r] == QUEUED and own[PREEMPTIONS, r] == 0:
+            own[STATE, r] = PREFILL
+
+
+@bare
+def gather(fleet, split, work, requests, time_limit, status):
     """Make the numbers of all workers those of one engine."""
     counts, sums, own = work.counts, work.sums, work.own
     counts[GAP_LOW] = GAP_BINS
@@ -380,7 +927,7 @@ def gather(fleet, load, work, requests, warmup, time_limit, status):
         counts[WAITING] += its[WAITING]
         counts[RUNNING] += its[RUNNING]
         counts[PREEMPTED] += its[PREEMPTED]
-        counts[ENQUEUED] += its[ENQUEUED]
+        counts[ENQUEUED] += 0 if worker < split.prefill_workers else its[ENQUEUED]
         counts[STEPS] += its[STEPS]
         counts[SCHEDULED] += its[SCHEDULED]
         counts[TOKENS] += its[TOKENS]
@@ -396,7 +943,7 @@ def gather(fleet, load, work, requests, warmup, time_limit, status):
     for request in range(requests):
         r = unsigned(request)
         if own[STATE, r] == DECODE:  # as `generated` will have it of one engine that has not made a step
-            own[GENERATED, r] -= fleet.counts[unsigned(fleet.worker[r]), STEP]
+            own[GENERATED, r] -= fleet.counts[unsigned(fleet.way[DECODES_AT, r]), STEP]
     if status == DONE and time_limit < np.inf:
         end = max(end, time_limit)
     sums[END_TIME] = end

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vecsim.kernel import tree
-from vecsim.kernel.jit import bare, unsigned
+from vecsim.kernel.jit import bare, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.token_state import LEFT
 
@@ -45,12 +45,13 @@ def load_of(fleet, router, worker):
 
 
 @bare
-def route(fleet, router, request, first, last, fits):
-    """The worker of [first, last) for a request; -1 where none could ever hold it.
+def route(fleet, router, loads, request, first, number):
+    """One of `number` workers from the first on for a request; -1 where none could ever hold it.
 
-    `fits` [worker] is whether it could. Those that could not are passed over.
+    `fleet.fits` [kind] is whether it could. Those that could not are passed over. `loads` is the tree of theirs.
     """
-    number = last - first
+    fits = fleet.fits
+    last = first + number
     able = 0
     for worker in range(first, last):
         able += fits[unsigned(fleet.group[unsigned(worker)])]
@@ -61,20 +62,20 @@ def route(fleet, router, request, first, last, fits):
         return -1
     code = router.code
     if code == STICKY and fleet.bound[unsigned(request)] >= 0:
-        worker = int(fleet.bound[unsigned(request)])
+        worker = whole(fleet.bound[unsigned(request)])
         if fits[unsigned(fleet.group[unsigned(worker)])]:
             return worker
     if code in (ROUND_ROBIN, STICKY):
         while True:
-            worker = first + int(fleet.turn[0] % number)
-            fleet.turn[0] += 1
+            worker = first + int(fleet.turn[router.place] % number)
+            fleet.turn[router.place] += 1
             if fits[unsigned(fleet.group[unsigned(worker)])]:
                 return worker
     if able == number and code in (LEAST_OUTSTANDING, LEAST_KV):
-        return tree.first(fleet.loads)
+        return first + tree.first(loads)
     if code in (RANDOM, POWER_OF_TWO):
-        one = one_of(router.seed, 2 * request, able)
-        other = one_of(router.seed, 2 * request + 1, max(able - 1, 1))
+        one = one_of(router.seed, 4 * request + 2 * router.place, able)
+        other = one_of(router.seed, 4 * request + 2 * router.place + 1, max(able - 1, 1))
         other += other >= one and able > 1
         one = nth_able(fleet, fits, first, one, able == number)
         if code == RANDOM:

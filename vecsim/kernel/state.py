@@ -320,6 +320,37 @@ class Router(NamedTuple):
     code: int  # place in `vecsim.routing.ROUTERS`
     alike: bool  # every worker could hold the same requests
     seed: int  # of the load
+    place: int  # 0 where it chooses who decodes, 1 where it chooses who prefills
+
+
+class Split(NamedTuple):
+    """How prefill is kept apart from decode (scalars)."""
+
+    prefill_workers: int  # the first ones; 0: each does both
+    queued: bool  # prefill workers take from one queue; else a router chooses
+    reserves_first: bool  # blocks for decode before the prefill
+    first_by_prefill: bool  # the prefill's last step yields the first token
+    rule: int  # of local prefill, of `vecsim.kernel.handover`
+    length: float  # tokens
+    queue_size: float
+    ratio: float
+    busy_threshold: float  # most KV memory in use for a local prefill
+
+
+class Transfer(NamedTuple):
+    """How keys and values move (scalars); see `vecsim.transfer.KVTransfer`."""
+
+    source_bandwidth: float
+    destination_bandwidth: float
+    fabric_bandwidth: float
+    latency: float
+    descriptor_cost: float
+    descriptors_per_run: int
+    bytes_per_token: float
+    transpose_per_byte: float
+    transpose_launch: float
+    polling: float
+    unlimited: bool  # every bandwidth is infinite
 
 
 class Fleet(NamedTuple):
@@ -330,11 +361,24 @@ class Fleet(NamedTuple):
     fits: Array  # [group] whether workers of that kind could hold a request
     sent: Array  # [worker] requests
     sent_blocks: Array  # [worker] of their prompts
-    turn: Array  # [1] of a round robin
+    turn: Array  # [2] of a round robin: over those that decode, and those that prefill only
     bound: Array  # [request] the worker that its session is bound to, -1 if none
-    worker: Array  # [request] where it was sent
     clock: Array  # a tree: when the step of a worker ends, infinite if it sleeps
-    loads: Array  # a tree: what the router wants to be least
+    loads: Array  # a tree: what the router wants to be least, of those that decode
+    prefill_loads: Array  # of those that prefill only
+    way: Array  # [row, request] as in `vecsim.kernel.handover`
+    instants: Array
+    moved: Array  # [request] bytes
+    timers: Array  # a heap of requests
+    between: Array  # numbers of the fleet
+    waiting: Array  # [2 x worker] the first and the last that wait for blocks to be reserved
+    ones: Array  # [request] 1: the tokens that a prefill yields
+    own: Array  # [row, request] and what follows: those of requests at their prefill workers
+    times: Array
+    owned: Array
+    own_blocks: Array
+    links: Any
+    bandwidths: Array  # [link] of each worker's NIC, and of the fabric
     unmeasured: Array  # [bin] gaps before the warm-up is over
     counts: Array  # [worker, ...] and what follows as in `TokenWork`
     sums: Array

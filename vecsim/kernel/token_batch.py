@@ -313,7 +313,7 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
                 cache.nodes, cache.node_of, cache.owned, cache.ids, shared, request,
                 full_blocks(known - 1, block_size, shift),
             )  # fmt: skip
-        cached = loaded if loaded > 0 else found * block_size
+        cached = loaded - 1 if loaded > 0 else found * block_size
         rest = known - cached
         tokens = rest
         cut = False

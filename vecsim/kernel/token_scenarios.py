@@ -21,8 +21,10 @@ from vecsim.kernel.state import (
     Memory,
     Policy,
     Router,
+    Split,
     StepModel,
     TokenLoad,
+    Transfer,
 )
 from vecsim.kernel.tally import E2E, QUEUE_TIME, TPOT, TTFT, write_latencies
 from vecsim.kv_cache import ENDLESS as ENDLESS_BLOCKS
@@ -60,9 +62,22 @@ FIELDS = (
     "seed",
 )
 
-# What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its router
-FLEET_FIELDS = ("first_group", "groups", "workers", *Router._fields[:-1])
+# What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its routers,
+# how prefill is kept apart, and how keys and values move
+ROUTER_FIELDS = ("code", "alike")
+FLEET_FIELDS = (
+    "first_group",
+    "groups",
+    "workers",
+    *(f"router.{name}" for name in ROUTER_FIELDS),
+    *(f"prefill_router.{name}" for name in ROUTER_FIELDS),
+    *Split._fields,
+    *Transfer._fields,
+)
 FIRST_GROUP, GROUPS, WORKERS, ROUTER = range(4)
+PREFILL_ROUTER = ROUTER + len(ROUTER_FIELDS)
+SPLIT = PREFILL_ROUTER + len(ROUTER_FIELDS)
+TRANSFER = SPLIT + len(Split._fields)
 # What each kind is told: the numbers of an engine, and how many workers there are of it
 GROUP_WORKERS = len(FIELDS)
 
@@ -435,8 +450,25 @@ SCALARS = 22
 
 
 @inner
-def router_of(row, seed):
-    return Router(int(row[ROUTER]), row[ROUTER + 1] != 0, int(seed))
+def router_of(row, at, seed, place):
+    return Router(int(row[at]), row[at + 1] != 0, int(seed), place)
+
+
+@inner
+def split_of(row):
+    return Split(
+        int(row[SPLIT]), row[SPLIT + 1] != 0, row[SPLIT + 2] != 0, row[SPLIT + 3] != 0, int(row[SPLIT + 4]),
+        row[SPLIT + 5], row[SPLIT + 6], row[SPLIT + 7], row[SPLIT + 8],
+    )  # fmt: skip
+
+
+@inner
+def transfer_of(row):
+    return Transfer(
+        row[TRANSFER], row[TRANSFER + 1], row[TRANSFER + 2], row[TRANSFER + 3], row[TRANSFER + 4],
+        int(row[TRANSFER + 5]), row[TRANSFER + 6], row[TRANSFER + 7], row[TRANSFER + 8], row[TRANSFER + 9],
+        row[TRANSFER + 10] != 0,
+    )  # fmt: skip
 
 
 @inner
@@ -452,10 +484,12 @@ def room_of(fleet, groups, workers):
         leaves *= 2
     return Fleet(
         fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers], fleet.sent_blocks[:workers],
-        fleet.turn, fleet.bound, fleet.worker, fleet.clock[: 2 * leaves], fleet.loads[: 2 * leaves], fleet.unmeasured,
-        fleet.counts, fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of,
-        fleet.chunk_tokens, fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late,
-        fleet.starving, fleet.nodes, fleet.node_of,
+        fleet.turn, fleet.bound, fleet.clock[: 2 * leaves], fleet.loads[: 2 * leaves],
+        fleet.prefill_loads[: 2 * leaves], fleet.way, fleet.instants, fleet.moved, fleet.timers, fleet.between,
+        fleet.waiting, fleet.ones, fleet.own, fleet.times, fleet.owned, fleet.own_blocks, fleet.links,
+        fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts, fleet.sums, fleet.first, fleet.unclip,
+        fleet.residues, fleet.prefills, fleet.chunk_of, fleet.chunk_tokens, fleet.stack, fleet.ended, fleet.joined,
+        fleet.joined_at, fleet.newcomers, fleet.late, fleet.starving, fleet.nodes, fleet.node_of,
     )  # fmt: skip
 
 
@@ -545,7 +579,8 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, first, la
             status = call_fleet_loop(
                 fleet_loop,
                 (
-                    step_loop, router_of(numbers, p[SEED]), room_of(job.fleet, groups, int(numbers[WORKERS])), groups,
+                    step_loop, router_of(numbers, ROUTER, p[SEED], 0), router_of(numbers, PREFILL_ROUTER, p[SEED], 1),
+                    split_of(numbers), transfer_of(numbers), room_of(job.fleet, groups, int(numbers[WORKERS])), groups,
                     tables, load, work, cache, job.record, job.time_limit, job.warmup, job.stop, own_rule, own_duration,
                 ),
             )  # fmt: skip

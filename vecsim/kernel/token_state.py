@@ -30,7 +30,8 @@ GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGES
 
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch. `AFTER` and `BEFORE` tie it to others in the calendar then, in the queue before.
-# `KV` is how many tokens' keys and values were brought here for it; below 0, what it holds stays when it ends.
+# `KV` is one more than the tokens whose keys and values were brought here for it, 0 if none were; below 0, what it
+# holds stays when it ends.
 (
     COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, KV,
     OWN_ROWS,
