@@ -16,7 +16,10 @@ import numpy as np
 from vecsim.kernel import links, tree
 from vecsim.kernel.address import call_token_loop
 from vecsim.kernel.handover import (
+    AGENDA_FIRST,
+    DECODE_IT,
     DECODES_AT,
+    DISPATCH,
     DUE,
     NOTICE,
     NOTICED_AT,
@@ -25,7 +28,9 @@ from vecsim.kernel.handover import (
     PREFILLS_AT,
     QUEUE_FIRST,
     QUEUED_FOR_PREFILL,
+    RELEASE,
     REMOTE,
+    RESERVE,
     RESERVED_AT,
     STEPS_MADE,
     TIMERS,
@@ -253,10 +258,17 @@ def visit(world, worker, kind, until):
 
 
 @inlined
-def coasts(fleet, worker):
-    """Whether a worker is left behind the time, since it does nothing but decode."""
+def is_behind(fleet, worker, t):
+    """Whether a worker was left behind the time, since it does nothing but decode."""
     w = unsigned(worker)
-    return fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME]
+    return fleet.sums[w, FORESEEN] > fleet.sums[w, END_TIME] and fleet.sums[w, END_TIME] < t
+
+
+@inlined
+def plan(fleet, request, what):
+    """Have something be done for a request at its decode worker, now, once this worker is up to time."""
+    fleet.way[WAITS_FOR, unsigned(request)] = what
+    put_in(fleet.between, AGENDA_FIRST, fleet.way, request)
 
 
 @inlined
@@ -339,14 +351,6 @@ def follow_up(fleet, load, work, request, worker, t):
 
 
 @bare
-def catch_up(world, worker, t):
-    """Have a worker that does nothing but decode come to its first boundary from `t` on; returns the status."""
-    if not coasts(world.fleet, worker):
-        return DONE
-    return visit(world, worker, GOES_ON, t)
-
-
-@bare
 def prefill_at(world, request, worker, t):
     """Send a request to a prefill worker."""
     fleet, split, router, prefill_router, groups, load, work = (
@@ -424,28 +428,23 @@ def try_to_reserve(world, request, worker, t):
 
 @bare
 def on_reserved(world, request, t):
-    """A request's blocks are reserved: it goes on to what comes next; returns the status."""
-    split = world.split
-    if split.reserves_first:
+    """A request's blocks are reserved: it goes on to what comes next."""
+    if world.split.reserves_first:
         go_to_prefill(world, request, t)
-        return DONE
-    return move(world, request, t)
+    else:
+        move(world, request, t)
 
 
 @bare
 def reserve_or_wait(world, request, worker, t):
     """Reserve a request's blocks at its decode worker, or have it wait there until there are enough."""
     fleet = world.fleet
-    status = catch_up(world, worker, t)
-    if status != DONE:
-        return status
-    first = 2 * int(worker)
+    first = 2 * worker
     if fleet.waiting[first] < 0 and try_to_reserve(world, request, worker, t):
-        return on_reserved(world, request, t)
+        on_reserved(world, request, t)
+        return
     put_in(fleet.waiting, first, fleet.way, request)
-    # It must not run on over the next end, which may make room.
-    wake_if_awake(fleet, worker)
-    return DONE
+    wake_if_awake(fleet, worker)  # it must not run on over the next end, which may make room
 
 
 @inlined
@@ -457,32 +456,29 @@ def wake_if_awake(fleet, worker):
 
 @bare
 def retry(world, worker, t):
-    """Blocks of a decode worker have come free: reserve for those that wait, in their order; returns the status."""
-    fleet, work, warmup, split = world.fleet, world.work, world.warmup, world.split
-    first = 2 * int(worker)
-    status = DONE
-    while fleet.waiting[first] >= 0 and status == DONE:
+    """Blocks of a decode worker have come free: reserve for those that wait, in their order."""
+    fleet, work = world.fleet, world.work
+    first = 2 * worker
+    while fleet.waiting[first] >= 0:
         request = whole(fleet.waiting[first])
         if not try_to_reserve(world, request, worker, t):
             break
         take_out(fleet.waiting, first, fleet.way)
         since = work.times[SINCE, unsigned(request)]
-        if not split.reserves_first:
+        if not world.split.reserves_first:
             since = fleet.instants[PREFILLED_AT, unsigned(request)]
-        work.sums[BACKLOG] += max(t - max(since, warmup), 0.0)
-        status = on_reserved(world, request, t)
-    return status
+        work.sums[BACKLOG] += max(t - max(since, world.warmup), 0.0)
+        on_reserved(world, request, t)
 
 
 @bare
 def move(world, request, t):
-    """Have a request's keys and values move to its decode worker; returns the status."""
-    fleet, transfer, groups, load, work = world.fleet, world.transfer, world.groups, world.load, world.work
+    """Have a request's keys and values move to its decode worker."""
+    fleet, groups, work = world.fleet, world.groups, world.work
     r = unsigned(request)
     memory = memory_of(groups[kind_of(fleet, whole(fleet.way[DECODES_AT, r]))])
-    if begin_transfer(fleet, transfer, load, whole(work.own[HIT, r]), memory.block_size, request, t):
-        return arrived(world, request, t)
-    return DONE
+    if begin_transfer(fleet, world.transfer, world.load, whole(work.own[HIT, r]), memory.block_size, request, t):
+        landed(world, request, t)
 
 
 @bare
@@ -509,61 +505,78 @@ def unpin(world, request, t):
 
 
 @bare
-def arrived(world, request, t):
-    """A request's keys and values are at its decode worker, and it is noticed; returns the status."""
-    fleet, split, router, prefill_router, groups, load, work = (
-        world.fleet, world.split, world.router, world.prefill_router, world.groups, world.load, world.work,
-    )  # fmt: skip
-    r = unsigned(request)
-    worker = whole(fleet.way[DECODES_AT, r])
-    fleet.instants[NOTICED_AT, r] = t
+def landed(world, request, t):
+    """A request's keys and values are at its decode worker, and it is noticed."""
+    world.fleet.instants[NOTICED_AT, unsigned(request)] = t
     unpin(world, request, t)
-    status = catch_up(world, worker, t)
-    arrive(load, work, request, split.first_by_prefill)
-    send(fleet, split, groups, load, work, request, worker, t)
-    note_load(fleet, split, router, prefill_router, worker)
-    return status
+    plan(world.fleet, request, DECODE_IT)
 
 
 @bare
 def prefilled(world, request, worker, t):
     """A request's prefill has ended; returns the status."""
-    fleet, split, router, groups, load, work, cache = (
-        world.fleet, world.split, world.router, world.groups, world.load, world.work, world.cache,
-    )  # fmt: skip
+    fleet, split, load, work = world.fleet, world.split, world.load, world.work
     r = unsigned(request)
     fleet.instants[PREFILLED_AT, r] = t
-    own, times = work.own, work.times
     if split.first_by_prefill:
-        times[FIRST_AT, r] = times[LAST_AT, r] = t
+        work.times[FIRST_AT, r] = work.times[LAST_AT, r] = t
         if load.output_tokens[r] == 1:
-            own[STATE, r] = GONE
-            own[GENERATED, r] = 1
-            times[ENDED_AT, r] = t
+            work.own[STATE, r] = GONE
+            work.own[GENERATED, r] = 1
+            work.times[ENDED_AT, r] = t
             unpin(world, request, t)
             if split.reserves_first:
-                decodes_at = whole(fleet.way[DECODES_AT, r])
-                status = catch_up(world, decodes_at, t)
-                if status != DONE:
-                    return status
-                memory = memory_of(groups[kind_of(fleet, decodes_at)])
-                full = full_blocks(int(own[HIT, r]), memory.block_size, memory.shift)
-                give_back(
-                    memory, view(fleet, split, work, decodes_at, work.gaps), cache_of(fleet, split, cache, decodes_at),
-                    request, full,
-                )  # fmt: skip
-                wake_if_awake(fleet, decodes_at)
-                status = retry(world, decodes_at, t)
-                if status != DONE:
-                    return status
+                plan(fleet, request, RELEASE)
             return follow_up(fleet, load, work, request, worker, t)
     if split.reserves_first:
-        return move(world, request, t)
-    decode_groups = groups.shape[0]
-    judge(fleet, groups, load, request, fleet.between[PREFILL_GROUPS], decode_groups, False)
-    worker = route(fleet, router, fleet.loads, request, split.prefill_workers, fleet.group.size - split.prefill_workers)
-    fleet.way[DECODES_AT, r] = worker
-    return reserve_or_wait(world, request, worker, t)
+        move(world, request, t)
+    else:
+        judge(fleet, world.groups, load, request, fleet.between[PREFILL_GROUPS], world.groups.shape[0], False)
+        first = split.prefill_workers
+        fleet.way[DECODES_AT, r] = route(fleet, world.router, fleet.loads, request, first, fleet.group.size - first)
+        plan(fleet, request, RESERVE)
+    return DONE
+
+
+@bare
+def release(world, request, worker, t):
+    """A request has ended with its prefill: give back what was reserved for its decode."""
+    fleet, split, groups, work, cache = world.fleet, world.split, world.groups, world.work, world.cache
+    memory = memory_of(groups[kind_of(fleet, worker)])
+    full = full_blocks(whole(work.own[HIT, unsigned(request)]), memory.block_size, memory.shift)
+    give_back(memory, view(fleet, split, work, worker, work.gaps), cache_of(fleet, split, cache, worker), request, full)
+    wake_if_awake(fleet, worker)
+    retry(world, worker, t)
+
+
+@bare
+def act(world, request, worker, t):
+    """Do what is planned for a request at its decode worker, which is at its first boundary from `t` on."""
+    fleet, split, groups, load, work = world.fleet, world.split, world.groups, world.load, world.work
+    r = unsigned(request)
+    what = fleet.way[WAITS_FOR, r]
+    if what == RELEASE:
+        release(world, request, worker, t)
+        return
+    if what == RESERVE:
+        reserve_or_wait(world, request, worker, t)
+        return
+    if what == DISPATCH and split.prefill_workers > 0 and is_remote(world, request, worker):
+        fleet.way[REMOTE, r] = 1
+        work.times[SINCE, r] = t
+        work.counts[ENQUEUED] += 1
+        if split.reserves_first:
+            reserve_or_wait(world, request, worker, t)
+        else:
+            fleet.way[DECODES_AT, r] = -1
+            go_to_prefill(world, request, t)
+        return
+    if what == DISPATCH:
+        new_at(work.own, request)
+    else:
+        arrive(load, work, request, split.first_by_prefill)
+    send(fleet, split, groups, load, work, request, worker, t)
+    note_load(fleet, split, world.router, world.prefill_router, worker)
 
 
 @bare
@@ -588,8 +601,8 @@ def end_of_step(world, worker, t):
 @bare
 def route_arrival(world, request, t):
     """A request has come to the router; returns the status."""
-    fleet, split, router, prefill_router, groups, load, work = (
-        world.fleet, world.split, world.router, world.prefill_router, world.groups, world.load, world.work,
+    fleet, split, router, groups, load, work = (
+        world.fleet, world.split, world.router, world.groups, world.load, world.work,
     )  # fmt: skip
     counts, own = work.counts, work.own
     r = unsigned(request)
@@ -607,21 +620,7 @@ def route_arrival(world, request, t):
             counts[ISSUED] += 1
         return DONE
     fleet.way[DECODES_AT, r] = worker
-    status = catch_up(world, worker, t)
-    if status != DONE:
-        return status
-    if first > 0 and is_remote(world, request, worker):
-        fleet.way[REMOTE, r] = 1
-        work.times[SINCE, r] = t
-        counts[ENQUEUED] += 1
-        if split.reserves_first:
-            return reserve_or_wait(world, request, worker, t)
-        fleet.way[DECODES_AT, r] = -1
-        go_to_prefill(world, request, t)
-        return DONE
-    new_at(own, request)
-    send(fleet, split, groups, load, work, request, worker, t)
-    note_load(fleet, split, router, prefill_router, worker)
+    plan(fleet, request, DISPATCH)
     return DONE
 
 
@@ -708,7 +707,7 @@ def simulate_fleet(
     fleet.turn[:] = 0
     fleet.waiting[:] = -1
     between[:] = 0
-    between[QUEUE_FIRST] = -1
+    between[QUEUE_FIRST] = between[AGENDA_FIRST] = -1
     tree.clear(fleet.clock)
     tree.clear(fleet.loads)
     tree.clear(fleet.prefill_loads)
@@ -722,113 +721,122 @@ def simulate_fleet(
         fleet.bandwidths[prefill_workers:workers] = transfer.destination_bandwidth
         fleet.bandwidths[workers] = transfer.fabric_bandwidth
         links.reset(fleet.links, fleet.bandwidths)
-    for worker in range(workers):
-        visit(world, worker, BEGINS, 0.0)
-        fleet.blocks[unsigned(worker)] = fleet.counts[unsigned(worker), FREE]
-        note_load(fleet, split, router, prefill_router, worker)
 
     static = min(load.static, requests)
     counts[ISSUED] = static
     static_due = load.arrived_at[0] + load.before_queue if static > 0 else np.inf
-    dynamic_due = np.inf
-    moving_due = np.inf
-    events = 0
+    dynamic_due = moving_due = np.inf
+    events = begun = last = 0
+    t = 0.0
+    over = False
     status = DONE
     while status == DONE:
-        events += 1
-        if events & (WATCH - 1) == 0 and stop[0]:
-            status = INTERRUPTED
-            break
-        if users_wait:
-            dynamic_due = times[SINCE, unsigned(work.coming[0])] if counts[COMING] > 0 else np.inf
-        due = min(static_due, dynamic_due)
-        t = fleet.clock[1]
-        if prefill_workers > 0:
-            timer_due = fleet.instants[DUE, unsigned(fleet.timers[0])] if between[TIMERS] > 0 else np.inf
-            link_due, moving = links.next_end(fleet.links)
-            moving_due = min(timer_due, link_due)
-            if moving_due <= min(due, t):
-                if moving_due >= time_limit or moving_due == np.inf:
-                    break
+        # One call of the step loop for all, at the end: compiled in several places, it took four times as long.
+        steps = False
+        if begun < workers:
+            worker, kind, until = begun, BEGINS, 0.0
+        elif over:
+            while last < workers and not is_behind(fleet, last, time_limit):
+                last += 1
+            if last == workers:
+                break
+            worker, kind, until = last, GOES_ON, time_limit
+        elif between[AGENDA_FIRST] >= 0:
+            request = whole(between[AGENDA_FIRST])
+            worker, kind, until = whole(fleet.way[DECODES_AT, unsigned(request)]), GOES_ON, t
+            if not is_behind(fleet, worker, t):
+                take_out(between, AGENDA_FIRST, fleet.way)
+                act(world, request, worker, t)
+                continue
+        else:
+            events += 1
+            if events & (WATCH - 1) == 0 and stop[0]:
+                status = INTERRUPTED
+                break
+            if users_wait:
+                dynamic_due = times[SINCE, unsigned(work.coming[0])] if counts[COMING] > 0 else np.inf
+            due = min(static_due, dynamic_due)
+            boundary = fleet.clock[1]
+            if prefill_workers > 0:
+                timer_due = fleet.instants[DUE, unsigned(fleet.timers[0])] if between[TIMERS] > 0 else np.inf
+                link_due, moving = links.next_end(fleet.links)
+                moving_due = min(timer_due, link_due)
+            t = min(moving_due, due, boundary)
+            if t >= time_limit or t == np.inf:
+                over = True
+                continue
+            if moving_due == t:
                 if timer_due <= link_due:
                     request = whole(pop(fleet.timers, between[TIMERS], fleet.instants[DUE], load.arrived_at))
                     between[TIMERS] -= 1
-                    if fleet.way[WAITS_FOR, unsigned(request)] == NOTICE or flow(
-                        fleet, transfer, load, request, moving_due
-                    ):
-                        status = arrived(world, request, moving_due)
+                    there = fleet.way[WAITS_FOR, unsigned(request)] == NOTICE or flow(fleet, transfer, load, request, t)
                 else:
-                    links.end(fleet.links, moving_due, moving)
-                    if settle(fleet, transfer, load, moving, moving_due):
-                        status = arrived(world, whole(moving), moving_due)
+                    request = whole(moving)
+                    links.end(fleet.links, t, request)
+                    there = settle(fleet, transfer, load, request, t)
+                if there:
+                    landed(world, request, t)
                 continue
-        if due <= t:
-            if due >= time_limit or due == np.inf:
-                break
-            if static_due <= dynamic_due:
-                request = int(counts[ARRIVALS])
-                counts[ARRIVALS] += 1
-                static_due = (
-                    load.arrived_at[unsigned(request + 1)] + load.before_queue if request + 1 < static else np.inf
-                )
+            if due == t:
+                if static_due <= dynamic_due:
+                    request = whole(counts[ARRIVALS])
+                    counts[ARRIVALS] += 1
+                    static_due = (
+                        load.arrived_at[unsigned(request + 1)] + load.before_queue if request + 1 < static else np.inf
+                    )
+                else:
+                    request = whole(pop(work.coming, counts[COMING], times[SINCE], load.arrived_at))
+                    counts[COMING] -= 1
+                status = route_arrival(world, request, t)
+                continue
+
+            worker = tree.first(fleet.clock)
+            w = unsigned(worker)
+            prefills = worker < prefill_workers
+            waits = fleet.waiting[2 * worker] >= 0
+            stops = users_wait or prefills or waits
+            kind = STOPS if stops else GOES_ON
+            if stops and is_behind(fleet, worker, t):
+                until = t
+            elif stops and fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
+                status = end_of_step(world, worker, t)
+                note_load(fleet, split, router, prefill_router, worker)
+                continue
             else:
-                request = whole(pop(work.coming, counts[COMING], times[SINCE], load.arrived_at))
-                counts[COMING] -= 1
-            status = route_arrival(world, request, due)
-            continue
-        if t >= time_limit:
-            break
+                if prefills and split.queued:
+                    pull(world, worker, t)
+                if waits:
+                    make_room(world, worker, t)
+                    if between[AGENDA_FIRST] >= 0:
+                        continue
+                steps = True
+                until = min(due, time_limit, moving_due)
+                measures = fleet.sums[w, END_TIME] >= warmup
+                if measures and fleet.counts[w, MEASURING] == 0:
+                    if warmup > 0.0:
+                        forget_steps(fleet.counts[w], fleet.sums[w], fleet.unmeasured)
+                    fleet.counts[w, MEASURING] = 1
+                if not measures:
+                    until = min(until, warmup)
+                fleet.sums[w, HORIZON] = (time_limit if measures else min(time_limit, warmup)) if lazy else 0.0
+                if users_wait or prefill_workers > 0:
+                    tree.put(fleet.clock, worker, np.inf)
+                    until = min(until, fleet.clock[1])
+                until = max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf))
 
-        worker = tree.first(fleet.clock)
+        status = visit(world, worker, kind, until)
         w = unsigned(worker)
-        prefills = worker < prefill_workers
-        waits = fleet.waiting[2 * worker] >= 0
-        stops = users_wait or prefills or waits
-        if stops and coasts(fleet, worker):
-            status = visit(world, worker, STOPS, t)
-            tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
-            continue
-        if stops and fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
-            status = end_of_step(world, worker, t)
+        if kind == BEGINS:
+            begun += 1
+            fleet.blocks[w] = fleet.counts[w, FREE]
             note_load(fleet, split, router, prefill_router, worker)
+        if not steps:
             continue
-        if prefills and split.queued:
-            while between[QUEUE_FIRST] >= 0 and outstanding(fleet, worker) < int(groups[kind_of(fleet, worker)][0]):
-                request = take_out(between, QUEUE_FIRST, fleet.way)
-                between[QUEUED_FOR_PREFILL] -= 1
-                sums[BACKLOG] += max(t - max(fleet.instants[TO_PREFILL_AT, unsigned(request)], warmup), 0.0)
-                prefill_at(world, request, worker, t)
-        if waits:
-            p = groups[kind_of(fleet, worker)]
-            if fleet.counts[w, ENDED] > 0:
-                let_ended_go(
-                    view(fleet, split, work, worker, gaps), load, cache_of(fleet, split, cache, worker), memory_of(p),
-                    policy_of(p),
-                )  # fmt: skip
-            status = retry(world, worker, t)
-            if status != DONE:
-                break
-
-        until = min(due, time_limit, moving_due)
-        measures = fleet.sums[w, END_TIME] >= warmup
-        if measures and fleet.counts[w, MEASURING] == 0:
-            if warmup > 0.0:
-                forget_steps(fleet.counts[w], fleet.sums[w], fleet.unmeasured)
-            fleet.counts[w, MEASURING] = 1
-        if not measures:
-            until = min(until, warmup)
-        fleet.sums[w, HORIZON] = (time_limit if measures else min(time_limit, warmup)) if lazy else 0.0
-        if users_wait or prefill_workers > 0:
-            tree.put(fleet.clock, worker, np.inf)
-            until = min(until, fleet.clock[1])
-        status = visit(
-            world, worker, STOPS if stops else GOES_ON, max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf))
-        )
         after = fleet.sums[w, END_TIME]
         if status == IDLE:
             after = np.inf
             status = DONE
-            if prefill_workers > 0 and not prefills and give_way(world, worker):
+            if prefill_workers > 0 and worker >= prefill_workers and give_way(world, worker):
                 after = fleet.sums[w, END_TIME]
         elif status == COASTING:
             after = fleet.sums[w, FORESEEN]
@@ -839,14 +847,37 @@ def simulate_fleet(
             status = TOO_LONG
         tree.put(fleet.clock, worker, after)
         note_load(fleet, split, router, prefill_router, worker)
-    for worker in range(workers):
-        if status == DONE:
-            status = catch_up(world, worker, time_limit)
     if prefill_workers > 0:
         join(fleet, work, requests)
     gather(fleet, split, work, requests, time_limit, status)
     counts[ALL_STEPS] = between[STEPS_MADE]
     return status
+
+
+@bare
+def pull(world, worker, t):
+    """Have a prefill worker with free slots take from the queue for prefill."""
+    fleet, groups = world.fleet, world.groups
+    between = fleet.between
+    while between[QUEUE_FIRST] >= 0 and outstanding(fleet, worker) < int(groups[kind_of(fleet, worker)][0]):
+        request = take_out(between, QUEUE_FIRST, fleet.way)
+        between[QUEUED_FOR_PREFILL] -= 1
+        queued_at = fleet.instants[TO_PREFILL_AT, unsigned(request)]
+        world.work.sums[BACKLOG] += max(t - max(queued_at, world.warmup), 0.0)
+        prefill_at(world, request, worker, t)
+
+
+@bare
+def make_room(world, worker, t):
+    """Free what requests that have ended hold at a decode worker, for those that wait for blocks there."""
+    fleet, split, work = world.fleet, world.split, world.work
+    p = world.groups[kind_of(fleet, worker)]
+    if fleet.counts[unsigned(worker), ENDED] > 0:
+        let_ended_go(
+            view(fleet, split, work, worker, work.gaps), world.load, cache_of(fleet, split, world.cache, worker),
+            memory_of(p), policy_of(p),
+        )  # fmt: skip
+    retry(world, worker, t)
 
 
 @bare

@@ -27,16 +27,19 @@ from vecsim.kernel.token_state import (
 # it decodes; the one after it in a list; what its timer is for
 PREFILLS_AT, DECODES_AT, REMOTE, NEXT, WAITS_FOR, WAY_ROWS = range(6)
 
-# What a timer is for: bytes begin to flow, or their arrival is noticed
-FLOW, NOTICE = range(2)
+# What is to be done for a request: when its timer is due, its bytes begin to flow, or their arrival is noticed. At its
+# decode worker: choose where it is prefilled; reserve blocks; give them back; have it decoded.
+FLOW, NOTICE, DISPATCH, RESERVE, RELEASE, DECODE_IT = range(6)
 
 # Rows of `instants` [request], seconds: blocks are reserved; it goes to prefill; prefill has ended; the transfer
 # begins, and is noticed to have ended; when its timer is due
 RESERVED_AT, TO_PREFILL_AT, PREFILLED_AT, TRANSFER_AT, NOTICED_AT, DUE, INSTANT_ROWS = range(7)
 
 # Places in `between`, whole numbers of a fleet: timers that run; the queue for prefill, and how many are in it; kinds
-# of prefill workers; steps of all workers
-TIMERS, QUEUE_FIRST, QUEUE_LAST, QUEUED_FOR_PREFILL, PREFILL_GROUPS, STEPS_MADE, BETWEEN = range(7)
+# of prefill workers; steps of all workers; the first and the last that something is planned for
+TIMERS, QUEUE_FIRST, QUEUE_LAST, QUEUED_FOR_PREFILL, PREFILL_GROUPS, STEPS_MADE, AGENDA_FIRST, AGENDA_LAST, BETWEEN = (
+    range(9)
+)
 
 noticed_at = inlined(transfers.noticed_at)
 
