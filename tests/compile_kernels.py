@@ -5,7 +5,7 @@ import sys
 import policies
 
 import vecsim as sim
-from vecsim.kernel.address import COUNT, FLEET_LOOP, address_of
+from vecsim.kernel.address import COUNT, WORLD, address_of
 from vecsim.kernel.fleet import simulate_fleet
 from vecsim.kernel.jit import is_compiled
 
@@ -16,7 +16,7 @@ def ticks():
     engine.run(10).requests  # noqa: B018
     for keep in ("requests", "queue"):
         sim.sweep(engine, 10, keep=keep, progress=False, batcher=policies.in_flight)
-    address_of(simulate_fleet, FLEET_LOOP, COUNT)  # calls what the other process compiles
+    address_of(simulate_fleet, (WORLD,), COUNT)  # calls what the other process compiles
 
 
 def tokens():

@@ -17,7 +17,7 @@ from vecsim.batching import (
 from vecsim.engine import Engine
 from vecsim.fits import Fit
 from vecsim.fitting import Calibration, Measured, fit_step_time
-from vecsim.fleet import Cluster, Pool
+from vecsim.fleet import Cluster, DisaggregatedEngine, Pool
 from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
 from vecsim.kv_cache import KVCache
@@ -75,6 +75,7 @@ __all__ = [
     "Constant",
     "CustomBatcher",
     "CustomStepTime",
+    "DisaggregatedEngine",
     "Distribution",
     "Empirical",
     "Engine",

@@ -1,6 +1,7 @@
-"""Fleets: many engines behind a router."""
+"""Fleets: many engines behind a router, prefill and decode together or apart."""
 
-from typing import TYPE_CHECKING, Annotated
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
 from vecsim.declaration import Count, Declaration, Range
@@ -8,8 +9,9 @@ from vecsim.engine import AnyStepTime, Engine
 from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator
 from vecsim.overheads import Overheads
-from vecsim.routing import AnyRouter, RoundRobinRouter
+from vecsim.routing import ROUTERS, AnyRouter, LeastOutstandingRouter, RoundRobinRouter
 from vecsim.step_time import TickStepTime
+from vecsim.transfer import KVTransfer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from vecsim.run import Run
 
 Workers = Annotated[int, Range(1, 2**16)]
+Tokens = Annotated[int, Range(0, 2**30)]
+Share = Annotated[float, Range(0, 1)]
 
 
 class Pool(Declaration, frozen=True, kw_only=True):
@@ -63,8 +67,115 @@ class Pool(Declaration, frozen=True, kw_only=True):
             slo=slo,
         )
 
+    @property
+    def summary(self) -> str:
+        """Short text."""
+        return f"{self.workers} x ({self.batcher.label()}, {self.max_batch_size} slots)"
 
-class Cluster(Declaration, frozen=True, kw_only=True):
+
+Pools = Pool | tuple[Pool, ...]
+
+
+def listed(pools: Pools) -> tuple[Pool, ...]:
+    """Pools, also where there is one."""
+    return pools if isinstance(pools, tuple) else (pools,)
+
+
+class Fleet(Declaration, frozen=True, kw_only=True):
+    """What all fleets have in common.
+
+    Parameters
+    ----------
+    load_generator : LoadGenerator
+        When requests arrive at the router and how long they are.
+    overheads : Overheads
+        Time outside the steps; `before_queue` passes before a request is routed.
+    slo : SLO, optional
+        Limits of requests whose class has none of its own.
+    """
+
+    load_generator: AnyLoadGenerator
+    overheads: Overheads = Overheads()
+    slo: SLO | None = None
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """All pools, in the order in which their workers are numbered."""
+        raise NotImplementedError
+
+    @property
+    def summary(self) -> str:
+        """Short text: what serves."""
+        raise NotImplementedError
+
+    def kernel(self) -> dict[str, float]:
+        """What the kernel is told besides the pools, in the order of its numbers."""
+        raise NotImplementedError
+
+    def _check_pools(self) -> None:
+        """Refuse pools that can't make up one fleet."""
+        if any(isinstance(pool.step_time, TickStepTime) for pool in self.pools):
+            raise ValueError("step_time of a pool must be in seconds, got TickStepTime")
+        self.engines()  # refuses what an engine would
+        sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
+        if len(sizes) > 1:
+            raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
+
+    def engines(self) -> tuple[Engine, ...]:
+        """A worker of each pool as an engine alone."""
+        return tuple(pool.engine(self.load_generator, self.overheads, self.slo) for pool in self.pools)
+
+    @property
+    def workers(self) -> int:
+        """Workers of all pools."""
+        return sum(pool.workers for pool in self.pools)
+
+    @property
+    def max_batch_size(self) -> int:
+        """Slots of all workers."""
+        return sum(pool.workers * pool.max_batch_size for pool in self.pools)
+
+    @property
+    def kv_blocks(self) -> int | None:
+        """Blocks of KV memory of all workers; None if that of any is endless."""
+        blocks = [pool.workers * pool.kv_cache.blocks for pool in self.pools if pool.kv_cache and pool.kv_cache.blocks]
+        return sum(blocks) if len(blocks) == len(self.pools) else None
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether prompts find what others left in the KV memory of a worker."""
+        return any(engine.caches_prefixes for engine in self.engines())
+
+    @property
+    def is_token(self) -> bool:
+        """Whether this is the token model."""
+        return True
+
+    def run(
+        self, time_limit: float | None = None, *, warmup: float = 0.0, quantiles: "Sequence[float] | None" = None
+    ) -> "Run":
+        """Simulate once and keep every request and step; see `Engine.run`."""
+        from vecsim.run import run
+
+        return run(self, time_limit, warmup=warmup, quantiles=quantiles)
+
+
+def router_code(router: AnyRouter) -> float:
+    """What the kernel knows a router by."""
+    return float(ROUTERS.index(type(router)))
+
+
+def transfer_numbers(transfer: KVTransfer | None) -> dict[str, float]:
+    """The numbers of a transfer, in the order of the kernel's; of none, all is there at once."""
+    from vecsim.kernel.state import Transfer
+
+    numbers = (transfer or KVTransfer()).kernel()
+    bandwidths = (numbers[f"{place}_bandwidth"] for place in ("source", "destination", "fabric"))
+    numbers["unlimited"] = min(bandwidths) == math.inf
+    return {name: float(numbers[name]) for name in Transfer._fields}
+
+
+class Cluster(Fleet, frozen=True, kw_only=True):
     """Workers behind a router, each of which does prefill and decode.
 
     Metrics are those of all workers together; `max_queue` and `kv_peak` those of the worker with the most.
@@ -88,70 +199,181 @@ class Cluster(Declaration, frozen=True, kw_only=True):
         When a field has a wrong value, or one that another field rules out.
     """
 
-    pool: Pool | tuple[Pool, ...]
+    pool: Pools
     router: AnyRouter = RoundRobinRouter()
-    load_generator: AnyLoadGenerator
-    overheads: Overheads = Overheads()
-    slo: SLO | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.pools:
             raise ValueError("pool must have a worker, got none")
-        if any(isinstance(pool.step_time, TickStepTime) for pool in self.pools):
-            raise ValueError("step_time of a pool must be in seconds, got TickStepTime")
-        self.engines()  # refuses what an engine would
-        sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
-        if len(sizes) > 1:
-            raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
+        self._check_pools()
 
     @property
     def pools(self) -> tuple[Pool, ...]:
         """The pools, also where there is one."""
-        return self.pool if isinstance(self.pool, tuple) else (self.pool,)
-
-    def engines(self) -> tuple[Engine, ...]:
-        """A worker of each pool as an engine alone."""
-        return tuple(pool.engine(self.load_generator, self.overheads, self.slo) for pool in self.pools)
-
-    @property
-    def workers(self) -> int:
-        """Workers of all pools."""
-        return sum(pool.workers for pool in self.pools)
+        return listed(self.pool)
 
     @property
     def summary(self) -> str:
         """Short text: what serves."""
-        pools = " and ".join(
-            f"{pool.workers} x ({pool.batcher.label()}, {pool.max_batch_size} slots)" for pool in self.pools
+        return f"{self.router.label()} over {' and '.join(pool.summary for pool in self.pools)}"
+
+    def kernel(self) -> dict[str, float]:
+        """What the kernel is told besides the pools, in the order of its numbers."""
+        routers = {"router": router_code(self.router), "prefill_router": 0.0}
+        return routers | dict.fromkeys(SPLIT_FIELDS, 0.0) | transfer_numbers(None)
+
+
+SPLIT_FIELDS = (
+    *("prefill_workers", "queued", "reserves_first", "first_by_prefill", "rule"),
+    *("length", "queue_size", "ratio", "busy_threshold"),
+)
+
+
+class LocalPrefill(Declaration, frozen=True, kw_only=True, tag=True):
+    """Which requests their decode worker prefills itself, beside its decodes.
+
+    The effective prompt is what that worker's prefix cache lacks of it.
+
+    Parameters
+    ----------
+    decode_busy_threshold : float
+        A request is prefilled elsewhere if more of the decode worker's KV memory is in use.
+    """
+
+    decode_busy_threshold: Share = 1.0
+
+    def numbers(self) -> tuple[float, float, float]:
+        """(length, queue size, ratio) as the kernel has them."""
+        return math.inf, math.inf, math.inf
+
+
+class QueueAndLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
+    """Elsewhere if the effective prompt is long and the queue for prefill short (Dynamo's first generation).
+
+    Parameters
+    ----------
+    max_local_prefill_length : int
+        Tokens of the longest effective prompt that is prefilled locally.
+    max_prefill_queue_size : int
+        Where as many requests wait for prefill, it is local. Looked at when a request arrives; nothing blocks.
+    """
+
+    max_local_prefill_length: Tokens = 1000
+    max_prefill_queue_size: Tokens = 2
+
+    def numbers(self) -> tuple[float, float, float]:
+        """(length, queue size, ratio) as the kernel has them."""
+        return float(self.max_local_prefill_length), float(self.max_prefill_queue_size), 0.0
+
+
+class PromptLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
+    """Local if the effective prompt is short, and a small part of the prompt (Dynamo's `isl_bounding`).
+
+    Parameters
+    ----------
+    eff_isl_threshold : int
+        Tokens that the effective prompt stays below.
+    ratio : float
+        Of the effective prompt to the prompt, that it stays below.
+    """
+
+    eff_isl_threshold: Tokens = 2048
+    ratio: Annotated[float, Range(0)] = 0.7
+
+    def numbers(self) -> tuple[float, float, float]:
+        """(length, queue size, ratio) as the kernel has them."""
+        return float(self.eff_isl_threshold), math.inf, self.ratio
+
+
+class PrefillLoadRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
+    """Local if the prefill worker that would be chosen has something to do (Dynamo's `prefill_load`)."""
+
+
+class LengthOrLoadRule(PromptLengthRule, frozen=True, kw_only=True, tag=True):
+    """Local if either of `PromptLengthRule` and `PrefillLoadRule` says so (Dynamo's `isl_or_load`)."""
+
+
+AnyLocalPrefill = QueueAndLengthRule | PromptLengthRule | PrefillLoadRule | LengthOrLoadRule
+
+# In the order of the codes of `vecsim.kernel.handover`; the first of them is none
+LOCAL_RULES = (QueueAndLengthRule, PromptLengthRule, PrefillLoadRule, LengthOrLoadRule)
+
+
+class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
+    """Workers that compute prompts, and workers that decode: keys and values move from the former to the latter.
+
+    Parameters
+    ----------
+    prefill, decode : Pool or tuple of Pool
+        Those workers; prefill workers are numbered first.
+    prefill_router : Router, optional
+        How a prefill worker is chosen. Unless given, requests wait in one queue for a worker with a free slot.
+    router : Router
+        How a decode worker is chosen.
+    reserve : "arrival" or "prefill"
+        Whether the decode worker is chosen, and its blocks are reserved, when a request arrives, before its prefill; or
+        when its prefill has ended.
+    first_token : "prefill" or "decode"
+        Which worker's step yields the first token: the last one of the prefill, or the first one of the decode worker.
+    local_prefill : LocalPrefill, optional
+        Which requests the decode worker prefills itself; none unless given.
+    transfer : KVTransfer, optional
+        How long keys and values take; none unless given.
+    load_generator : LoadGenerator
+        When requests arrive at the router and how long they are.
+    overheads : Overheads
+        Time outside the steps; `before_queue` passes before a request is routed.
+    slo : SLO, optional
+        Limits of requests whose class has none of its own.
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value, or one that another field rules out.
+    """
+
+    prefill: Pools
+    decode: Pools
+    prefill_router: AnyRouter | None = None
+    router: AnyRouter = LeastOutstandingRouter()
+    reserve: Literal["arrival", "prefill"] = "prefill"
+    first_token: Literal["prefill", "decode"] = "prefill"
+    local_prefill: AnyLocalPrefill | None = None
+    transfer: KVTransfer | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prefill", "decode"):
+            if not listed(getattr(self, name)):
+                raise ValueError(f"{name} must have a worker, got none")
+        self._check_pools()
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """The pools, those of prefill first."""
+        return (*listed(self.prefill), *listed(self.decode))
+
+    @property
+    def summary(self) -> str:
+        """Short text: what serves."""
+        pools = {"prefill": listed(self.prefill), "decode": listed(self.decode)}
+        return ", ".join(f"{name} {' and '.join(pool.summary for pool in part)}" for name, part in pools.items())
+
+    def kernel(self) -> dict[str, float]:
+        """What the kernel is told besides the pools, in the order of its numbers."""
+        rule = self.local_prefill
+        length, queue_size, ratio = (0.0, 0.0, 0.0) if rule is None else rule.numbers()
+        split = (
+            *(sum(pool.workers for pool in listed(self.prefill)), self.prefill_router is None),
+            *(self.reserve == "arrival", self.first_token == "prefill"),
+            0 if rule is None else 1 + LOCAL_RULES.index(type(rule)),
+            *(length, queue_size, ratio, 1.0 if rule is None else rule.decode_busy_threshold),
         )
-        return f"{self.router.label()} over {pools}"
-
-    @property
-    def max_batch_size(self) -> int:
-        """Slots of all workers."""
-        return sum(pool.workers * pool.max_batch_size for pool in self.pools)
-
-    @property
-    def kv_blocks(self) -> int | None:
-        """Blocks of KV memory of all workers; None if that of any is endless."""
-        blocks = [pool.workers * pool.kv_cache.blocks for pool in self.pools if pool.kv_cache and pool.kv_cache.blocks]
-        return sum(blocks) if len(blocks) == len(self.pools) else None
-
-    @property
-    def caches_prefixes(self) -> bool:
-        """Whether prompts find what others left in the KV memory of a worker."""
-        return any(pool.kv_cache is not None and pool.kv_cache.prefix_caching for pool in self.pools)
-
-    @property
-    def is_token(self) -> bool:
-        """Whether this is the token model."""
-        return True
-
-    def run(
-        self, time_limit: float | None = None, *, warmup: float = 0.0, quantiles: "Sequence[float] | None" = None
-    ) -> "Run":
-        """Simulate once and keep every request and step; see `Engine.run`."""
-        from vecsim.run import run
-
-        return run(self, time_limit, warmup=warmup, quantiles=quantiles)
+        return {
+            "router": router_code(self.router),
+            # The queue for prefill goes to the worker with the fewest requests
+            "prefill_router": router_code(self.prefill_router or LeastOutstandingRouter()),
+            **dict(zip(SPLIT_FIELDS, map(float, split), strict=True)),
+            **transfer_numbers(self.transfer),
+        }

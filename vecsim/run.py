@@ -9,7 +9,7 @@ import numpy as np
 
 from vecsim.axes import Plan
 from vecsim.engine import Engine
-from vecsim.fleet import Cluster
+from vecsim.fleet import Fleet
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
@@ -26,7 +26,7 @@ class Run:
 
     Attributes
     ----------
-    engine : Engine or Cluster
+    engine : Engine, Cluster or DisaggregatedEngine
         What was run.
     time_limit, warmup : float
         As given [ticks].
@@ -45,7 +45,7 @@ class Run:
 
     def __init__(
         self,
-        engine: Engine | Cluster,
+        engine: Engine | Fleet,
         time_limit: float,
         warmup: float,
         quantiles: tuple[float, ...],
@@ -68,7 +68,7 @@ class Run:
     def requests(self) -> "xr.Dataset":
         import xarray as xr
 
-        variables = record_variables(self._single.record, (), (), isinstance(self.engine, Cluster))
+        variables = record_variables(self._single.record, (), (), isinstance(self.engine, Fleet))
         size = self._single.record.arrived_at.shape[1]
         return xr.Dataset(
             variables,
@@ -98,7 +98,7 @@ class Run:
         variables = {
             variable.name: describe(variable, ("step",), array)
             for variable, array in zip((*TOKEN_STEP_VARIABLES, *FLEET_STEP_VARIABLES), values, strict=True)
-            if isinstance(self.engine, Cluster) or variable in TOKEN_STEP_VARIABLES
+            if isinstance(self.engine, Fleet) or variable in TOKEN_STEP_VARIABLES
         }
         return variables, record.times.shape[1]
 
@@ -247,7 +247,7 @@ class Run:
 
 
 def run(
-    engine: Engine | Cluster,
+    engine: Engine | Fleet,
     time_limit: float | None = None,
     *,
     warmup: float = 0.0,

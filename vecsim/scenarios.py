@@ -10,7 +10,7 @@ import numpy as np
 from vecsim.axes import Plan, replace_all
 from vecsim.batching import BATCHERS, CustomBatcher, IFBatcherWithOnePrefillOnly
 from vecsim.engine import Engine
-from vecsim.fleet import Cluster
+from vecsim.fleet import Fleet
 from vecsim.kernel.state import (
     EXPONENTIAL_DRAWS,
     GAMMA_DRAWS,
@@ -115,7 +115,7 @@ def lower(plan: Plan, time_limit: float) -> Table:
         if token is None:
             rows.append(parameters(engine, tables, rules))
         else:
-            make = fleet_parameters if isinstance(engine, Cluster) else token_parameters
+            make = fleet_parameters if isinstance(engine, Fleet) else token_parameters
             streams, row = make(engine, time_limit, token, rules)
             for k, stream in enumerate(streams):
                 row |= stream_columns(k, stream, tables)

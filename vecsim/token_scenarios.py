@@ -6,7 +6,7 @@ import numpy as np
 
 from vecsim.batching import CustomBatcher, check_budget, policy_of
 from vecsim.engine import Engine
-from vecsim.fleet import Cluster
+from vecsim.fleet import Fleet
 from vecsim.kernel.state import Array
 from vecsim.kv_cache import ENDLESS, KVCache
 from vecsim.load import (
@@ -22,7 +22,6 @@ from vecsim.load import (
     TraceLoadGenerator,
 )
 from vecsim.roofline import RooflineStepTime
-from vecsim.routing import ROUTERS
 from vecsim.step_time import CustomStepTime, TableStepTime, flat_tables, kernel_of
 
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
@@ -95,13 +94,13 @@ class TokenTables:
             self.classes.append((float(kind.priority), *limits))
         return (first,)
 
-    def put_fleet(self, rows: list[dict[str, Any]], cluster: Cluster) -> tuple[int, ...]:
+    def put_fleet(self, rows: list[dict[str, Any]], cluster: Fleet) -> tuple[int, ...]:
         place, first = len(self.fleets), len(self.groups)
         self.groups += (
             (*(float(row[name]) for name in self.fields()), float(pool.workers))
             for row, pool in zip(rows, cluster.pools, strict=True)
         )
-        numbers = (first, len(rows), cluster.workers, ROUTERS.index(type(cluster.router)))
+        numbers = (first, len(rows), cluster.workers, *cluster.kernel().values())
         self.fleets.append(tuple(map(float, numbers)))
         return (place,)
 
@@ -194,7 +193,7 @@ def token_parameters(
 
 
 def fleet_parameters(
-    cluster: Cluster, time_limit: float, shared: TokenTables, rules: dict[Any, int]
+    cluster: Fleet, time_limit: float, shared: TokenTables, rules: dict[Any, int]
 ) -> tuple[list[Stream], dict[str, Any]]:
     """`token_parameters` of a fleet: the numbers of one engine as large as all its workers, and where theirs are.
 
@@ -209,9 +208,8 @@ def fleet_parameters(
         raise ValueError("the pools of a cluster must have the same rules of one's own, or none")
     counts = [pool.workers for pool in cluster.pools]
     blocks = [row["blocks"] for row in rows]
-    (place,) = shared.place(
-        ("fleet", cluster.pools, cluster.router, cluster.overheads.per_step), lambda: shared.put_fleet(rows, cluster)
-    )
+    key = ("fleet", cluster.pools, cluster.overheads.per_step, *cluster.kernel().values())
+    (place,) = shared.place(key, lambda: shared.put_fleet(rows, cluster))
     row = {
         **rows[0],
         "slots": sum(row["slots"] * count for row, count in zip(rows, counts, strict=True)),

@@ -209,7 +209,7 @@ class Room:
     """How much room a thread needs for the largest scenario of a block."""
 
     def __init__(self, table: Table, block: Block, numbers: Streams, streams: TokenStreams) -> None:
-        from vecsim.kernel.token_scenarios import FIELDS, WORKERS
+        from vecsim.kernel.token_scenarios import FIELDS, SPLIT, WORKERS
 
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
@@ -221,6 +221,7 @@ class Room:
         self.caching = bool(column["caching"].any())
         fleets = streams.fleets[np.unique(column["fleet"][column["fleet"] >= 0]).astype(np.int64)]
         self.workers = int(fleets[:, WORKERS].max(initial=0))
+        self.moves = bool(fleets[:, SPLIT].any())
         self.kinds = len(streams.groups)
         self.worker_slots = int(streams.groups[:, FIELDS.index("slots")].max(initial=0)) + 1
         self.ring = 1 << max(3, (self.longest + 2).bit_length())
@@ -347,11 +348,14 @@ class Room:
 
     def make_fleet(self) -> Fleet:
         """Room for the largest fleet of a block; of no worker where there is none."""
-        from vecsim.kernel import token_state
-        from vecsim.kernel.kv import NODE_ROWS
+        from vecsim.kernel import handover, token_state
+        from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
+        from vecsim.kernel.links import links_for
+        from vecsim.kernel.world import BETWEEN
 
         workers, slots = self.workers, self.worker_slots
         n = self.requests if workers else 0
+        moving = n if self.moves else 0  # from workers that prefill only
         leaves = 1 << max(workers - 1, 1).bit_length()
 
         def whole(*shape: int) -> Array:
@@ -365,11 +369,23 @@ class Room:
             blocks=number(workers),
             fits=np.zeros(self.kinds, np.uint8),
             sent=number(workers),
-            turn=number(1),
+            turn=number(2),
             bound=whole(n),
-            worker=whole(n),
             clock=np.empty(2 * leaves),
-            loads=np.empty(2 * leaves),
+            loads=np.empty((2, 2 * leaves)),
+            way=whole(handover.WAY_ROWS, n),
+            instants=np.zeros((handover.INSTANT_ROWS, moving)),
+            moved=np.zeros(moving),
+            timers=whole(moving),
+            between=number(BETWEEN),
+            waiting=number(2 * workers),
+            ones=np.ones(moving, np.int32),
+            own=whole(token_state.OWN_ROWS, moving),
+            times=np.zeros((token_state.TIME_ROWS, moving)),
+            owned=whole(OWNED_ROWS, moving if self.caching else 0),
+            own_blocks=np.zeros(self.with_ids + 1 if self.caching and moving else 0, np.uint8),
+            links=links_for(workers + 1, moving),
+            bandwidths=np.zeros(workers + 1),
             unmeasured=number(token_state.GAP_BINS),
             counts=number(workers, token_state.COUNTS),
             sums=np.zeros((workers, token_state.SUMS)),

@@ -13,6 +13,8 @@ from numba.core import cgutils
 from numba.core.errors import NumbaExperimentalFeatureWarning, TypingError
 from numba.extending import intrinsic
 
+from vecsim.kernel.links import links_for
+from vecsim.kernel.placed import Placed
 from vecsim.kernel.state import (
     Array,
     Batch,
@@ -24,12 +26,15 @@ from vecsim.kernel.state import (
     Policy,
     Requests,
     Router,
+    Split,
     StepBatch,
     StepModel,
     StepRecord,
     TokenBatch,
     TokenLoad,
     TokenWork,
+    Transfer,
+    World,
 )
 
 COUNT, TIME = numba.int64, numba.float64
@@ -72,73 +77,76 @@ TICK_LOOP = (
     numba.typeof(BYTES),  # stop
 )
 
-TOKEN_LOOP = tuple(
-    numba.typeof(value)
-    for value in (
-        like(Policy),
-        like(Memory),
-        like(StepModel, formula=like(Formula), terms=FLOAT_ROWS, grids=FLOATS, values=FLOATS, outside=NUMBERS),
-        like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS, itl_limits=FLOATS),
-        like(
-            TokenWork,
-            counts=NUMBERS,
-            sums=FLOATS,
-            gaps=NUMBERS,
-            own=WHOLE_ROWS,
-            times=FLOAT_ROWS,
-            joined_at=FLOATS,
-            late=NUMBERS,
-        ),
-        like(
-            Cache,
-            nodes=WHOLE_ROWS,
-            owned=WHOLE_ROWS,
-            own=BYTES,
-            ids=(NUMBERS, 1, NUMBERS, WHOLES, NUMBERS, NUMBERS),
-            own_start=NUMBERS,
-        ),
-        like(StepRecord, times=FLOAT_ROWS, counts=NUMBER_ROWS),
-        0.0,  # time_limit
-        0.0,  # warmup
-        BYTES,  # stop
-        0,  # address of a batcher's rule
-        0,  # address of a step time
-    )
+TOKEN_TUPLES = (
+    like(Policy),
+    like(Memory),
+    like(StepModel, formula=like(Formula), terms=FLOAT_ROWS, grids=FLOATS, values=FLOATS, outside=NUMBERS),
+    like(TokenLoad, arrived_at=FLOATS, think=FLOATS, urgency=FLOATS, ttft_limits=FLOATS, itl_limits=FLOATS),
+    like(
+        TokenWork,
+        counts=NUMBERS,
+        sums=FLOATS,
+        gaps=NUMBERS,
+        own=WHOLE_ROWS,
+        times=FLOAT_ROWS,
+        joined_at=FLOATS,
+        late=NUMBERS,
+    ),
+    like(
+        Cache,
+        nodes=WHOLE_ROWS,
+        owned=WHOLE_ROWS,
+        own=BYTES,
+        ids=(NUMBERS, 1, NUMBERS, WHOLES, NUMBERS, NUMBERS),
+        own_start=NUMBERS,
+    ),
+    like(StepRecord, times=FLOAT_ROWS, counts=NUMBER_ROWS),
 )
 
+TOKEN_LOOP = (
+    *map(numba.typeof, TOKEN_TUPLES),
+    TIME,  # time_limit
+    TIME,  # warmup
+    numba.typeof(BYTES),  # stop
+    COUNT,  # address of a batcher's rule
+    COUNT,  # address of a step time
+)
 
-FLEET_LOOP = (
-    COUNT,  # address of the step loop
-    *(
-        numba.typeof(value)
-        for value in (
-            like(Router),
-            like(
+# Arrays of a fleet with a row for each worker, as long as it has slots or tokens
+SLOTS = (
+    *("first", "unclip", "residues", "prefills", "chunk_of", "chunk_tokens", "stack", "ended", "joined", "newcomers"),
+    "starving",
+)
+
+# What a fleet's loop is given: a `World` in memory
+WORLD = Placed(
+    numba.typeof(
+        World(
+            step_loop=0,
+            fleet=like(
                 Fleet,
-                blocks=NUMBERS,
-                fits=BYTES,
-                sent=NUMBERS,
-                turn=NUMBERS,
-                clock=FLOATS,
-                loads=FLOATS,
-                unmeasured=NUMBERS,
-                counts=NUMBER_ROWS,
-                sums=FLOAT_ROWS,
-                joined_at=FLOAT_ROWS,
-                late=NUMBER_ROWS,
+                links=links_for(0, 0),
+                **dict.fromkeys(("blocks", "sent", "turn", "between", "waiting", "unmeasured"), NUMBERS),
+                **dict.fromkeys(("counts", "late"), NUMBER_ROWS),
+                **dict.fromkeys(("clock", "moved", "bandwidths"), FLOATS),
+                **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at"), FLOAT_ROWS),
+                **dict.fromkeys(("fits", "own_blocks"), BYTES),
+                **dict.fromkeys(("way", "own", "owned", "node_of", *SLOTS), WHOLE_ROWS),
                 nodes=np.empty((0, 0, 0), np.int32),
-                **dict.fromkeys(
-                    (
-                        *("first", "unclip", "residues", "prefills", "chunk_of", "chunk_tokens", "stack", "ended"),
-                        *("joined", "newcomers", "starving", "node_of"),
-                    ),
-                    WHOLE_ROWS,
-                ),
             ),
-            FLOAT_ROWS,  # groups
+            split=like(Split),
+            router=like(Router),
+            prefill_router=like(Router),
+            transfer=like(Transfer),
+            groups=FLOAT_ROWS,
+            **dict(zip(("tables", "load", "work", "cache", "record"), TOKEN_TUPLES[2:], strict=True)),
+            time_limit=0.0,
+            warmup=0.0,
+            stop=BYTES,
+            own_rule=0,
+            own_duration=0,
         )
-    ),
-    *TOKEN_LOOP[2:],
+    )
 )
 
 
@@ -184,6 +192,6 @@ def caller(kinds: tuple[Any, ...], returned: Any) -> Any:
 call_rule = caller((BATCHES["token"],), COUNT)
 call_step_time = caller((BATCHES["step"],), TIME)
 call_token_loop = caller(TOKEN_LOOP, COUNT)
-call_fleet_loop = caller(FLEET_LOOP, COUNT)
+call_fleet_loop = caller((WORLD,), COUNT)
 TICK_OUTCOME = numba.typeof(like(Outcome))
 call_tick_loop = caller(TICK_LOOP, TICK_OUTCOME)

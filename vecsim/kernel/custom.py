@@ -19,11 +19,11 @@ import numba
 from vecsim.kernel.address import (
     BATCHES,
     COUNT,
-    FLEET_LOOP,
     TICK_LOOP,
     TICK_OUTCOME,
     TIME,
     TOKEN_LOOP,
+    WORLD,
     address_of,
     compiled,
 )
@@ -123,7 +123,7 @@ def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, Tok
     if job.fleet.group.size > 0:
         from vecsim.kernel.fleet import simulate_fleet
 
-        fleet_loop = address_of(simulate_fleet, FLEET_LOOP, COUNT)
+        fleet_loop = address_of(simulate_fleet, (WORLD,), COUNT)
     if helper is not None:
         helper.wait()
     run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, loop, fleet_loop, rule_at, step_time_at)

@@ -3,12 +3,15 @@
 import numpy as np
 
 from vecsim.kernel import tree
-from vecsim.kernel.jit import bare, inlined, unsigned
+from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.token_state import LEFT
 
 # Routers, in the order of `vecsim.routing.ROUTERS`
 ROUND_ROBIN, RANDOM, LEAST_OUTSTANDING, POWER_OF_TWO, LEAST_KV, STICKY = range(6)
+
+# Places of a router: it chooses who decodes, or who prefills only
+DECODES, PREFILLS = range(2)
 
 
 @bare
@@ -50,51 +53,53 @@ def could_hold(fleet, worker):
     return fleet.fits[unsigned(fleet.group[unsigned(worker)])]
 
 
-@inlined
+@bare
 def route(fleet, router, request, able):
     """The worker for a request, of the `able` ones of the kinds in `fleet.fits`; -1 where there is none."""
-    number = fleet.group.size
+    first, number = router.first, router.number
     if able == 0:
         return -1
     code = router.code
     if code == STICKY and fleet.bound[unsigned(request)] >= 0:
-        worker = int(fleet.bound[unsigned(request)])
+        worker = whole(fleet.bound[unsigned(request)])
         if could_hold(fleet, worker):
             return worker
     if code in (ROUND_ROBIN, STICKY):
-        while True:
-            worker = int(fleet.turn[0] % number)
-            fleet.turn[0] += 1
-            if could_hold(fleet, worker):
-                return worker
+        turn = fleet.turn[router.place]
+        worker = first + turn % number
+        while not could_hold(fleet, worker):
+            turn += 1
+            worker = first + turn % number
+        fleet.turn[router.place] = turn + 1
+        return worker
     if able == number and code in (LEAST_OUTSTANDING, LEAST_KV):
-        return tree.first(fleet.loads)
+        return first + tree.first(fleet.loads[router.place])
     if code in (RANDOM, POWER_OF_TWO):
-        one = one_of(router.seed, 2 * request, able)
-        other = one_of(router.seed, 2 * request + 1, max(able - 1, 1))
+        draw = 4 * request + 2 * router.place
+        one = one_of(router.seed, draw, able)
+        other = one_of(router.seed, draw + 1, max(able - 1, 1))
         other += other >= one and able > 1
-        one = nth_able(fleet, one, able == number)
+        one = nth_able(fleet, router, one, able)
         if code == RANDOM:
             return one
-        other = nth_able(fleet, other, able == number)
+        other = nth_able(fleet, router, other, able)
         return one if outstanding(fleet, one) <= outstanding(fleet, other) else other
     best = -1
     least = np.inf
-    for worker in range(number):
+    for worker in range(first, first + number):
         if could_hold(fleet, worker) and load_of(fleet, router, worker) < least:
             best, least = worker, load_of(fleet, router, worker)
     return best
 
 
 @bare
-def nth_able(fleet, number, all_able):
+def nth_able(fleet, router, nth, able):
     """The n-th worker that could hold a request."""
-    if all_able:
-        return number
-    worker = 0
-    while True:
-        if could_hold(fleet, worker):
-            if number == 0:
-                return worker
-            number -= 1
+    worker = router.first + nth
+    if able == router.number:
+        return worker
+    worker = router.first
+    while nth > 0 or not could_hold(fleet, worker):
+        nth -= could_hold(fleet, worker)
         worker += 1
+    return worker

@@ -319,6 +319,39 @@ class Router(NamedTuple):
 
     code: int  # place in `vecsim.routing.ROUTERS`
     seed: int  # of the load
+    place: int  # 0 where it chooses who decodes, 1 where it chooses who prefills
+    first: int  # worker that it can choose
+    number: int  # of workers from there on
+
+
+class Split(NamedTuple):
+    """How prefill is kept apart from decode (scalars)."""
+
+    prefill_workers: int  # the first ones; 0: each does both
+    queued: bool  # prefill workers take from one queue; else a router chooses
+    reserves_first: bool  # blocks for decode before the prefill
+    first_by_prefill: bool  # the prefill's last step yields the first token
+    rule: int  # of local prefill, of `vecsim.kernel.handover`
+    length: float  # tokens
+    queue_size: float
+    ratio: float
+    busy_threshold: float  # most KV memory in use for a local prefill
+
+
+class Transfer(NamedTuple):
+    """How keys and values move (scalars); see `vecsim.transfer.KVTransfer`."""
+
+    source_bandwidth: float
+    destination_bandwidth: float
+    fabric_bandwidth: float
+    latency: float
+    descriptor_cost: float
+    descriptors_per_run: int
+    bytes_per_token: float
+    transpose_per_byte: float
+    transpose_launch: float
+    polling: float
+    unlimited: bool  # every bandwidth is infinite
 
 
 class Fleet(NamedTuple):
@@ -328,11 +361,23 @@ class Fleet(NamedTuple):
     blocks: Array  # [worker] of KV memory
     fits: Array  # [group] whether workers of that kind could hold a request
     sent: Array  # [worker] requests
-    turn: Array  # [1] of a round robin
+    turn: Array  # [2] of a round robin: over those that decode, and those that prefill only
     bound: Array  # [request] the worker that its session is bound to, -1 if none
-    worker: Array  # [request] where it was sent
     clock: Array  # a tree: when the step of a worker ends, infinite if it sleeps
-    loads: Array  # a tree: what the router wants to be least
+    loads: Array  # [router's place] a tree: what it wants to be least
+    way: Array  # [row, request] as in `vecsim.kernel.handover`
+    instants: Array
+    moved: Array  # [request] bytes
+    timers: Array  # a heap of requests
+    between: Array  # numbers of the fleet
+    waiting: Array  # [2 x worker] the first and the last that wait for blocks to be reserved
+    ones: Array  # [request] 1: the tokens that a prefill yields
+    own: Array  # [row, request] and what follows: those of requests at their prefill workers
+    times: Array
+    owned: Array
+    own_blocks: Array
+    links: Any
+    bandwidths: Array  # [link] of each worker's NIC, and of the fabric
     unmeasured: Array  # [bin] gaps before the warm-up is over
     counts: Array  # [worker, ...] and what follows as in `TokenWork`
     sums: Array
@@ -388,6 +433,28 @@ class TokenStreams(NamedTuple):
     outside: Array  # [1] steps that were outside their table
     fleets: Array  # [fleet, field] as in `vecsim.kernel.token_scenarios.FLEET_FIELDS`
     groups: Array  # [kind of worker, field] as in `FIELDS`, and how many
+
+
+class World(NamedTuple):
+    """Everything that one scenario of a fleet is made of."""
+
+    step_loop: int  # address of `vecsim.kernel.token.simulate`
+    fleet: Fleet
+    split: Split
+    router: Router  # of workers that decode
+    prefill_router: Router  # of those that prefill only
+    transfer: Transfer
+    groups: Array  # [group, field] numbers of each kind of worker, as in `vecsim.kernel.token_scenarios.FIELDS`
+    tables: StepModel  # of step times of all kinds; its formula has no meaning
+    load: TokenLoad
+    work: TokenWork  # of the fleet as if it were one engine
+    cache: Cache
+    record: StepRecord
+    time_limit: float
+    warmup: float
+    stop: Array
+    own_rule: int  # addresses of the user's own
+    own_duration: int
 
 
 class TokenScratch(NamedTuple):

@@ -68,6 +68,7 @@ from vecsim.kernel.token_state import (
     HORIZON,
     INBOX_HEAD,
     ISSUED,
+    KV,
     LAST_AT,
     LAST_DECODE,
     LASTS,
@@ -197,7 +198,7 @@ def take_arrival(work, load, static, static_due, dynamic_due):
         request = int(counts[ARRIVALS])
         counts[ARRIVALS] += 1
         return request, due_at(load, request + 1, static), dynamic_due
-    request = int(pop(work.coming, counts[COMING], work.times[SINCE], load.arrived_at))
+    request = whole(pop(work.coming, counts[COMING], work.times[SINCE], load.arrived_at))
     counts[COMING] -= 1
     return request, static_due, next_issued(work)
 
@@ -215,7 +216,7 @@ def forget_steps(counts, sums, gaps):
 def sort_by_admission(own, ended, begin, end):
     """Order requests as they were admitted: so they free their blocks, and their users send the next ones."""
     for i in range(begin + 1, end):
-        request = int(ended[unsigned(i)])
+        request = whole(ended[unsigned(i)])
         place = i
         while place > begin and own[PLACE, unsigned(ended[unsigned(place - 1)])] > own[PLACE, unsigned(request)]:
             ended[unsigned(place)] = ended[unsigned(place - 1)]
@@ -231,12 +232,15 @@ def let_ended_go(work, load, cache, memory, policy):
     if policy.into_empty:
         sort_by_admission(own, ended, 0, counts[ENDED])
     for i in range(counts[ENDED]):
-        request = int(ended[unsigned(i)])
+        request = whole(ended[unsigned(i)])
         r = unsigned(request)
         computed = int(prompt[r]) + int(output[r]) - 1
         held = int(own[HELD, r]) if policy.hold == RESERVED else blocks_for(computed, memory.block_size, memory.shift)
         full = full_blocks(computed, memory.block_size, memory.shift)
-        let_go(counts, cache, memory, request, held, full, False)
+        if own[KV, r] < 0:
+            counts[RUNNING] -= 1
+        else:
+            let_go(counts, cache, memory, request, held, full, False)
     counts[ENDED] = counts[REPORTED] = 0
     counts[BLOCKED] = 0
 
@@ -270,7 +274,7 @@ def reset(counts, sums, first, residues, unclip, late, memory, cache, ratio):
 @bare
 def reset_requests(own, times, owned, requests, caching):
     """Requests that nobody has seen yet."""
-    own[HELD : LATE + 1, :requests] = 0  # `UNSEEN`
+    own[HELD : KV + 1, :requests] = 0  # `UNSEEN`
     times[: ENDED_AT + 1, :requests] = np.nan
     if caching:
         owned[kv.RUN_NODE] = -1
@@ -382,7 +386,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     else:
                         request, static_due, dynamic_due = take_arrival(work, load, static, static_due, dynamic_due)
                     r = unsigned(request)
-                    counts[ENQUEUED] += 1
+                    counts[ENQUEUED] += own[KV, r] == 0
                     if alone:
                         own[COMPUTED, r] = 0
                         own[GENERATED, r] = 0
@@ -574,7 +578,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         pending = int(counts[ENDED])
         if counts[DECODES] > 0:
             bucket = unsigned((counts[STEP] - 1) & (first.size - 1))
-            request = int(first[bucket])
+            request = whole(first[bucket])
             if request >= 0:
                 first[bucket] = -1
                 number = pending
@@ -588,7 +592,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                         residues[unsigned(own[RESIDUE, r])] -= 1
                     if policy.ratio > 0.0:
                         open_room(counts, unclip, int(counts[STEP]), caps[r] - output[r], 0, policy.room_tokens, -1)
-                    request = int(own[AFTER, r])
+                    request = whole(own[AFTER, r])
                 counts[ENDED] = number
                 # The calendar has the last admitted first.
                 low, high = pending, number - 1
@@ -600,7 +604,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         # Prompts that are complete
         done = joining = 0
         for i in range(counts[CHUNKS]):
-            request = int(chunk_of[unsigned(i)])
+            request = whole(chunk_of[unsigned(i)])
             r = unsigned(request)
             own[COMPUTED, r] += chunk_tokens[unsigned(i)]
             if own[COMPUTED, r] < prompt[r] + own[GENERATED, r]:
@@ -633,7 +637,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         if done > 0:
             kept = 0
             for i in range(counts[PREFILLING]):
-                request = int(prefills[unsigned(i)])
+                request = whole(prefills[unsigned(i)])
                 if own[STATE, unsigned(request)] == PREFILL:
                     prefills[unsigned(kept)] = request
                     kept += 1

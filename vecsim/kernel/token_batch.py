@@ -30,6 +30,7 @@ from vecsim.kernel.token_state import (
     HELD,
     HIT,
     HIT_TOKENS,
+    KV,
     LAST_AT,
     LAST_DECODE,
     NEWCOMERS,
@@ -169,6 +170,7 @@ def preempt(work, load, cache, memory, policy, request, t):
     let_go(work.counts, cache, memory, request, held, full_blocks(computed, memory.block_size, memory.shift), True)
     own[STATE, r] = QUEUED
     own[COMPUTED, r] = 0
+    own[KV, r] = min(own[KV, r], 0)
     own[PREEMPTIONS, r] += 1
     times[SINCE, r] = t
     counts[PREEMPTED] += 1
@@ -297,18 +299,21 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
             return
         if policy.one_prompt and counts[PREFILLING] > 0:
             return
-        request = int(counts[QUEUE_HEAD] if policy.order == FIRST_COME else counts[HEAP])
+        request = whole(counts[QUEUE_HEAD] if policy.order == FIRST_COME else counts[HEAP])
         r = unsigned(request)
         so_far = int(own[GENERATED, r])
         known = int(prompt[r]) + so_far
         found = idle = 0
-        if memory.caching:
-            shared, own_start = blocks_with_ids(cache, memory, request)
+        shared, own_start = blocks_with_ids(cache, memory, request)
+        loaded = max(int(own[KV, r]), 0)
+        if loaded > 0:
+            found = int(own[HELD, r])
+        elif memory.caching:
             found, idle = kv.look_up(
                 cache.nodes, cache.node_of, cache.owned, cache.ids, shared, request,
                 full_blocks(known - 1, block_size, shift),
             )  # fmt: skip
-        cached = found * block_size
+        cached = loaded - 1 if loaded > 0 else found * block_size
         rest = known - cached
         tokens = rest
         cut = False
@@ -365,16 +370,17 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         sums[BACKLOG] += max(t - max(times[SINCE, r], measured_from), 0.0)
         if own[PREEMPTIONS, r] == 0:
             times[STARTED_AT, r] = t
-            own[HIT, r] = cached
-            if arrived_at[r] >= measured_from:
-                counts[PROMPT_TOKENS] += prompt[r]
-                counts[HIT_TOKENS] += cached
+            if loaded == 0:
+                own[HIT, r] = cached
+                if arrived_at[r] >= measured_from:
+                    counts[PROMPT_TOKENS] += prompt[r]
+                    counts[HIT_TOKENS] += cached
         own[HELD, r] = found
         own[COMPUTED, r] = cached
         own[STATE, r] = PREFILL
         own[STARVING, r] = 0
         put_on_stack(counts, own, stack, request)
-        if memory.caching:
+        if memory.caching and loaded == 0:
             kv.claim(
                 counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request, found
             )
@@ -467,7 +473,7 @@ def form(work, load, cache, memory, policy, own_rule, measured_from, t):
             more = int(residues[unsigned(phase)])
             last = 0
             for i in range(counts[PREFILLING]):
-                request = int(prefills[unsigned(i)])
+                request = whole(prefills[unsigned(i)])
                 r = unsigned(request)
                 last = min(int(prompt[r] + own[GENERATED, r] - own[COMPUTED, r]), policy.threshold)
                 asked += last
@@ -496,7 +502,7 @@ def form(work, load, cache, memory, policy, own_rule, measured_from, t):
     sent = taken = 0
     i = 0
     while i < counts[PREFILLING] and not walked:
-        request = int(prefills[unsigned(i)])
+        request = whole(prefills[unsigned(i)])
         r = unsigned(request)
         rest = int(prompt[r] + own[GENERATED, r] - own[COMPUTED, r])
         is_single = is_decode(own, r, rest)
@@ -580,7 +586,7 @@ def renew_ratio(work, load, policy):
     so_far = expected = running = 0
     for place in range(counts[STACK]):
         if is_active(own, stack, place):
-            request = int(stack[unsigned(place)])
+            request = whole(stack[unsigned(place)])
             so_far += generated(counts, own, request)
             expected += min(int(caps[unsigned(request)]), policy.room_tokens)
             running += 1
@@ -604,7 +610,7 @@ def walk(work, load, cache, memory, policy, t):
     for place in range(counts[STACK]):
         if place >= counts[STACK] or not is_active(own, stack, place):
             continue
-        request = int(stack[unsigned(place)])
+        request = whole(stack[unsigned(place)])
         r = unsigned(request)
         decoding = own[STATE, r] == DECODE
         hold = 0
@@ -640,7 +646,7 @@ def walk(work, load, cache, memory, policy, t):
             schedule(work, cache, memory, request, tokens, hold)
     for place in range(counts[STACK]):
         if is_active(own, stack, place):
-            request = int(stack[unsigned(place)])
+            request = whole(stack[unsigned(place)])
             if own[STATE, unsigned(request)] == DECODE and own[HELD, unsigned(request)] != -1 - step:
                 starve(work, memory, request, t)
     counts[DECODES] = decodes

@@ -3,6 +3,7 @@
 import numpy as np
 
 from vecsim.kernel import token_state
+from vecsim.kernel.handover import DECODES_AT
 from vecsim.kernel.jit import entry
 from vecsim.kernel.token_scenarios import AT_COMPLETION, FLEET, PER_TOKEN
 
@@ -26,7 +27,7 @@ def write_token_record(row, requests, job, record):
         record.prompt_tokens[row, kept] = scratch.prompt_tokens[i]
         record.output_tokens[row, kept] = length
         record.class_number[row, kept] = scratch.classes[i]
-        record.worker[row, kept] = job.fleet.worker[i] if in_fleet else 0
+        record.worker[row, kept] = job.fleet.way[DECODES_AT, i] if in_fleet else 0
         record.refused[row, kept] = state == token_state.DROPPED_AT_ONCE
         if state != token_state.DROPPED_AT_ONCE:
             record.started_at[row, kept] = times[token_state.STARTED_AT, i]

@@ -7,6 +7,7 @@ import numpy as np
 from vecsim.kernel import token_state
 from vecsim.kernel.address import call_fleet_loop, call_token_loop
 from vecsim.kernel.jit import bare, entry, inner, unsigned
+from vecsim.kernel.placed import placed
 from vecsim.kernel.quantiles import weighted_quantiles
 from vecsim.kernel.scenarios import fill_arrivals
 from vecsim.kernel.state import (
@@ -21,8 +22,11 @@ from vecsim.kernel.state import (
     Memory,
     Policy,
     Router,
+    Split,
     StepModel,
     TokenLoad,
+    Transfer,
+    World,
 )
 from vecsim.kernel.tally import E2E, QUEUE_TIME, TPOT, TTFT, write_latencies
 from vecsim.kv_cache import ENDLESS as ENDLESS_BLOCKS
@@ -60,9 +64,19 @@ FIELDS = (
     "seed",
 )
 
-# What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its router
-FLEET_FIELDS = ("first_group", "groups", "workers", "router")
-FIRST_GROUP, GROUPS, WORKERS, ROUTER = range(4)
+# What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its routers,
+# how prefill is kept apart, and how keys and values move
+FLEET_FIELDS = (
+    "first_group",
+    "groups",
+    "workers",
+    "router",
+    "prefill_router",
+    *Split._fields,
+    *Transfer._fields,
+)
+FIRST_GROUP, GROUPS, WORKERS, ROUTER, PREFILL_ROUTER, SPLIT = range(6)
+TRANSFER = SPLIT + len(Split._fields)
 # What each kind is told: the numbers of an engine, and how many workers there are of it
 GROUP_WORKERS = len(FIELDS)
 
@@ -435,8 +449,20 @@ SCALARS = 22
 
 
 @inner
-def router_of(row, seed):
-    return Router(int(row[ROUTER]), int(seed))
+def split_of(row):
+    return Split(
+        int(row[SPLIT]), row[SPLIT + 1] != 0, row[SPLIT + 2] != 0, row[SPLIT + 3] != 0, int(row[SPLIT + 4]),
+        row[SPLIT + 5], row[SPLIT + 6], row[SPLIT + 7], row[SPLIT + 8],
+    )  # fmt: skip
+
+
+@inner
+def transfer_of(row):
+    return Transfer(
+        row[TRANSFER], row[TRANSFER + 1], row[TRANSFER + 2], row[TRANSFER + 3], row[TRANSFER + 4],
+        int(row[TRANSFER + 5]), row[TRANSFER + 6], row[TRANSFER + 7], row[TRANSFER + 8], row[TRANSFER + 9],
+        row[TRANSFER + 10] != 0,
+    )  # fmt: skip
 
 
 @inner
@@ -451,11 +477,12 @@ def room_of(fleet, groups, workers):
     while leaves < workers:
         leaves *= 2
     return Fleet(
-        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers],
-        fleet.turn, fleet.bound, fleet.worker, fleet.clock[: 2 * leaves], fleet.loads[: 2 * leaves], fleet.unmeasured,
-        fleet.counts, fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of,
-        fleet.chunk_tokens, fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late,
-        fleet.starving, fleet.nodes, fleet.node_of,
+        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers], fleet.turn, fleet.bound,
+        fleet.clock[: 2 * leaves], fleet.loads, fleet.way, fleet.instants, fleet.moved, fleet.timers,
+        fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times, fleet.owned, fleet.own_blocks, fleet.links,
+        fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts, fleet.sums, fleet.first, fleet.unclip,
+        fleet.residues, fleet.prefills, fleet.chunk_of, fleet.chunk_tokens, fleet.stack, fleet.ended, fleet.joined,
+        fleet.joined_at, fleet.newcomers, fleet.late, fleet.starving, fleet.nodes, fleet.node_of,
     )  # fmt: skip
 
 
@@ -537,18 +564,32 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, first, la
             )  # fmt: skip
         else:
             numbers = streams.fleets[int(p[FLEET])]
-            first_group = int(numbers[FIRST_GROUP])
+            first_group, workers = int(numbers[FIRST_GROUP]), int(numbers[WORKERS])
             groups = streams.groups[first_group : first_group + int(numbers[GROUPS])]
+            split, seed = split_of(numbers), int(p[SEED])
             tables = StepModel(
                 model_of(p, streams).formula, 1, streams.terms, streams.grids, streams.values, streams.outside
             )
-            status = call_fleet_loop(
-                fleet_loop,
-                (
-                    step_loop, router_of(numbers, p[SEED]), room_of(job.fleet, groups, int(numbers[WORKERS])), groups,
-                    tables, load, work, cache, job.record, job.time_limit, job.warmup, job.stop, own_rule, own_duration,
-                ),
-            )  # fmt: skip
+            world = World(
+                step_loop,
+                room_of(job.fleet, groups, workers),
+                split,
+                Router(int(numbers[ROUTER]), seed, 0, split.prefill_workers, workers - split.prefill_workers),
+                Router(int(numbers[PREFILL_ROUTER]), seed, 1, 0, split.prefill_workers),
+                transfer_of(numbers),
+                groups,
+                tables,
+                load,
+                work,
+                cache,
+                job.record,
+                job.time_limit,
+                job.warmup,
+                job.stop,
+                own_rule,
+                own_duration,
+            )
+            status = call_fleet_loop(fleet_loop, (placed(world),))
         job.status[row] = status
         if status == INTERRUPTED:
             break

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vecsim.fleet import Cluster
+from vecsim.fleet import Fleet
 from vecsim.kernel.state import Array
 from vecsim.plot.runs import COLUMNS, draw_latencies, draw_queue, finish, legend
 from vecsim.plot.style import DECODE, E2E, EMPTY, PHASES, PREFILL, TTFT, Picture, heading, ticks_at_integers
@@ -19,7 +19,7 @@ def draw(run: "Run") -> Any:
     """Batch composition, tokens computed, KV memory, queue and latencies on one time axis; see `vecsim.plot.run`."""
     if not run.steps.sizes["step"]:
         return draw_nothing(run)
-    workers = run.engine.workers if isinstance(run.engine, Cluster) else 0
+    workers = run.engine.workers if isinstance(run.engine, Fleet) else 0
     fleet = [float(np.clip(0.25 * workers, 1.0, 4.0))] if workers else []
     heights = [*fleet, 2.0, 1.1, *([1.1] if has_memory(run) else []), 1.0, 1.6]
     figure = Picture(figsize=(11, sum(heights) + 1.6), layout="constrained")

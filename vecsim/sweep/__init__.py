@@ -10,7 +10,7 @@ import numpy as np
 
 from vecsim.axes import plan
 from vecsim.engine import Engine
-from vecsim.fleet import Cluster
+from vecsim.fleet import Fleet
 from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variables, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
@@ -24,7 +24,7 @@ INSTANTS = 201  # at which a kept queue is looked at
 
 
 def sweep(
-    engine: Engine | Cluster,
+    engine: Engine | Fleet,
     time_limit: float | None = None,
     *,
     warmup: float = 0.0,
@@ -38,7 +38,7 @@ def sweep(
 
     Parameters
     ----------
-    engine : Engine or Cluster
+    engine : Engine, Cluster or DisaggregatedEngine
         What is varied.
     time_limit : float, optional
         Each run ends at the first boundary at or after it [ticks, or seconds in the token model]. In the token model
@@ -73,7 +73,7 @@ def sweep(
     ValueError
         When an axis is unknown, ambiguous, empty or has a wrong value, or the sweep would not fit in memory.
     """
-    if not isinstance(engine, Engine | Cluster):
+    if not isinstance(engine, Engine | Fleet):
         raise ValueError(f"engine must be an Engine or a Cluster, got {engine!r}")
     time_limit, warmup = check_times(time_limit, warmup, engine.is_token)
     wanted = check_quantiles(quantiles)
@@ -97,7 +97,7 @@ def sweep(
     dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs, token, classes)
     dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
-        dataset = dataset.assign(record_variables(results.record, dims, shape, isinstance(engine, Cluster)))
+        dataset = dataset.assign(record_variables(results.record, dims, shape, isinstance(engine, Fleet)))
     if keep == "queue":
         dataset = dataset.assign(queue_variables(results.queue, instants, dims, shape, token))
     return dataset

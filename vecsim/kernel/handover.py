@@ -1,0 +1,575 @@
+"""What happens to a request between its prefill worker and its decode worker: blocks reserved, moved, given back."""
+
+import numpy as np
+
+from vecsim import transfer as transfers
+from vecsim.kernel import kv, links, tree
+from vecsim.kernel.heap import pop, push
+from vecsim.kernel.jit import bare, inlined, unsigned, whole
+from vecsim.kernel.kv import FREE
+from vecsim.kernel.placed import fetched
+from vecsim.kernel.routing import could_hold, outstanding, route
+from vecsim.kernel.state import RESERVED
+from vecsim.kernel.token import follow_up, let_ended_go, reset_requests
+from vecsim.kernel.token_batch import reservation, take_blocks
+from vecsim.kernel.token_scenarios import memory_of, policy_of
+from vecsim.kernel.token_state import (
+    BACKLOG,
+    BLOCKED,
+    COMPUTED,
+    ENDED,
+    ENDED_AT,
+    ENQUEUED,
+    FIRST_AT,
+    GENERATED,
+    GONE,
+    HELD,
+    HIT,
+    HIT_TOKENS,
+    KV,
+    LAST_AT,
+    PREEMPTED,
+    PREEMPTIONS,
+    PREFILL,
+    PROMPT_TOKENS,
+    QUEUED,
+    RUNNING,
+    SINCE,
+    STARTED_AT,
+    STATE,
+    UNSEEN,
+    WAITING,
+    blocks_for,
+    blocks_with_ids,
+    full_blocks,
+)
+from vecsim.kernel.world import (
+    bring_up,
+    cache_of,
+    judge,
+    kind_of,
+    look_again,
+    send,
+    view,
+    wake,
+)
+from vecsim.kv_cache import ENDLESS
+
+# Rows of `way` [request]: workers of its prefill and decode, -1 where there is none; whether it prefills elsewhere than
+# it decodes; the one after it in a list; what its timer is for
+PREFILLS_AT, DECODES_AT, REMOTE, NEXT, WAITS_FOR, WAY_ROWS = range(6)
+
+# When a request's timer is due, its bytes begin to flow, or their arrival is noticed
+FLOW, NOTICE = range(2)
+
+# Rows of `instants` [request], seconds: blocks are reserved; it goes to prefill; prefill has ended; the transfer
+# begins, and is noticed to have ended; when its timer is due
+RESERVED_AT, TO_PREFILL_AT, PREFILLED_AT, TRANSFER_AT, NOTICED_AT, DUE, INSTANT_ROWS = range(7)
+
+# Places in `between`, whole numbers of a fleet: timers that run; the queue for prefill, and how many are in it
+TIMERS, QUEUE_FIRST, QUEUE_LAST, QUEUED_FOR_PREFILL = range(1, 5)
+
+# Rules of local prefill, in the order of `vecsim.fleet.LOCAL_RULES`
+ALWAYS_REMOTE, QUEUE_AND_LENGTH, PROMPT_LENGTH, PREFILL_LOAD, LENGTH_OR_LOAD = range(5)
+
+noticed_at = inlined(transfers.noticed_at)
+
+
+@inlined
+def put_in(lists, first, way, request):
+    """Put a request at the end of a list; its first is at a place of `lists`, its last at the one after."""
+    way[NEXT, unsigned(request)] = -1
+    if lists[first] < 0:
+        lists[first] = request
+    else:
+        way[NEXT, unsigned(lists[first + 1])] = request
+    lists[first + 1] = request
+
+
+@inlined
+def take_out(lists, first, way):
+    """Take the first of a list."""
+    request = whole(lists[first])
+    lists[first] = way[NEXT, unsigned(request)]
+    return request
+
+
+@bare
+def hit_tokens(cache, memory, prompt, request):
+    """Tokens of a prompt that a worker's cache holds."""
+    if not memory.caching:
+        return 0
+    shared, _ = blocks_with_ids(cache, memory, request)
+    limit = full_blocks(prompt - 1, memory.block_size, memory.shift)
+    found, _ = kv.look_up(cache.nodes, cache.node_of, cache.owned, cache.ids, shared, request, limit)
+    return found * memory.block_size
+
+
+@bare
+def reserve(policy, memory, load, work, cache, measured_from, holds, request):
+    """Take blocks for a prompt whose keys and values will come; returns whether there were enough.
+
+    `holds` is whether others' blocks are reserved, so that the watermark counts.
+    """
+    counts, own = work.counts, work.own
+    r = unsigned(request)
+    prompt = whole(load.prompt_tokens[r])
+    size, shift = memory.block_size, memory.shift
+    shared, own_start = blocks_with_ids(cache, memory, request)
+    found = idle = 0
+    if memory.caching:
+        limit = full_blocks(prompt - 1, size, shift)
+        found, idle = kv.look_up(cache.nodes, cache.node_of, cache.owned, cache.ids, shared, request, limit)
+    hold = blocks_for(prompt, size, shift)
+    if policy.hold == RESERVED:
+        tokens = reservation(policy, prompt, whole(load.output_tokens[r]), whole(load.max_tokens[r]))
+        hold = blocks_for(tokens, size, shift)
+    needed = hold - found + idle
+    if counts[RUNNING] > 0 or holds:
+        needed += memory.watermark
+    if needed > counts[FREE]:
+        return False
+    if memory.caching:
+        kv.claim(
+            counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request, found
+        )
+    take_blocks(counts, cache, memory, hold - found)
+    own[HELD, r] = hold
+    own[HIT, r] = found * size
+    if load.arrived_at[r] >= measured_from:
+        counts[PROMPT_TOKENS] += prompt
+        counts[HIT_TOKENS] += found * size
+    return True
+
+
+@bare
+def give_back(memory, work, cache, request, full):
+    """Free the blocks that a request holds of a worker where it has no slot; `full` of them have what they can hold."""
+    counts, own = work.counts, work.own
+    r = unsigned(request)
+    if memory.caching:
+        shared, own_start = blocks_with_ids(cache, memory, request)
+        kv.release(
+            counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request,
+            whole(own[HELD, r]), full, False, memory.front,
+        )  # fmt: skip
+    else:
+        counts[FREE] += own[HELD, r]
+    own[HELD, r] = 0
+
+
+@bare
+def local(split, prompt, hit, kv_use, busy, waiting):
+    """Whether a request is prefilled by the worker that decodes it.
+
+    Parameters
+    ----------
+    hit : int
+        Tokens of its prompt that this worker's cache holds.
+    kv_use : float
+        Share of this worker's KV memory in use.
+    busy : bool
+        Whether the prefill worker that would be chosen has something to do.
+    waiting : int
+        Requests that wait for prefill.
+    """
+    effective = prompt - hit
+    if split.rule == ALWAYS_REMOTE:
+        return False
+    if split.rule == QUEUE_AND_LENGTH:
+        chosen = not (effective > split.length and waiting < split.queue_size)
+    else:
+        chosen = split.rule != PREFILL_LOAD and effective < split.length and effective < split.ratio * prompt
+        chosen = chosen or (split.rule != PROMPT_LENGTH and busy)
+    return chosen and kv_use <= split.busy_threshold
+
+
+@inlined
+def set_timer(world, request, at, what):
+    """Have something happen to a request later."""
+    fleet = world.fleet
+    fleet.instants[DUE, unsigned(request)] = at
+    fleet.way[WAITS_FOR, unsigned(request)] = what
+    push(fleet.timers, fleet.between[TIMERS], request, fleet.instants[DUE], world.load.arrived_at)
+    fleet.between[TIMERS] += 1
+
+
+@inlined
+def take_timer(world):
+    """Take the request whose timer is due first."""
+    fleet = world.fleet
+    request = whole(pop(fleet.timers, fleet.between[TIMERS], fleet.instants[DUE], world.load.arrived_at))
+    fleet.between[TIMERS] -= 1
+    return request
+
+
+@inlined
+def next_timer(world):
+    """When the first timer is due."""
+    fleet = world.fleet
+    return fleet.instants[DUE, unsigned(fleet.timers[0])] if fleet.between[TIMERS] > 0 else np.inf
+
+
+@bare
+def reset_handover(world, requests):
+    """No request is anywhere yet."""
+    fleet, split, transfer = world.fleet, world.split, world.transfer
+    workers = fleet.group.size
+    fleet.way[:REMOTE, :requests] = -1
+    fleet.way[REMOTE, :requests] = 0
+    fleet.waiting[:] = -1
+    fleet.between[:] = 0
+    fleet.between[QUEUE_FIRST] = -1
+    if split.prefill_workers > 0:
+        reset_requests(fleet.own, fleet.times, fleet.owned, requests, fleet.owned.size > 0)
+        fleet.instants[:, :requests] = np.nan
+        fleet.moved[:requests] = 0.0
+        fleet.bandwidths[: split.prefill_workers] = transfer.source_bandwidth
+        fleet.bandwidths[split.prefill_workers : workers] = transfer.destination_bandwidth
+        fleet.bandwidths[workers] = transfer.fabric_bandwidth
+        links.reset(fleet.links, fleet.bandwidths)
+
+
+@bare
+def arrive_at_prefill(world, request, worker, t):
+    """Send a request to a prefill worker."""
+    fleet = world.fleet
+    r = unsigned(request)
+    fleet.way[PREFILLS_AT, r] = worker
+    fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
+    fleet.own[KV, r] = -1
+    send(world, request, worker, t)
+
+
+@inlined
+def has_free_slot(world, worker):
+    """Whether a prefill worker could hold the request that is looked at, and has a slot for it."""
+    slots = int(world.groups[kind_of(world, worker), 0])
+    return could_hold(world.fleet, worker) and outstanding(world.fleet, worker) < slots
+
+
+@bare
+def idle_prefill_worker(world):
+    """The prefill worker with the fewest requests that has a free slot and could hold one; -1 if there is none."""
+    fleet = world.fleet
+    first = tree.first(fleet.loads[world.prefill_router.place])
+    if has_free_slot(world, first):
+        return first
+    best = -1
+    if world.groups.shape[0] > 2:  # they may differ
+        for worker in range(world.split.prefill_workers):
+            if has_free_slot(world, worker) and (
+                best < 0 or outstanding(fleet, worker) < outstanding(fleet, best)
+            ):  # fmt: skip
+                best = worker
+    return best
+
+
+@bare
+def go_to_prefill(world, request, t):
+    """Send a request to a prefill worker, or into the queue for one."""
+    fleet = world.fleet
+    fleet.instants[TO_PREFILL_AT, unsigned(request)] = t
+    able = judge(world, world.prefill_router, request)
+    if not world.split.queued:
+        arrive_at_prefill(world, request, route(fleet, world.prefill_router, request, able), t)
+        return
+    worker = idle_prefill_worker(world) if fleet.between[QUEUE_FIRST] < 0 else -1
+    if worker >= 0:
+        arrive_at_prefill(world, request, worker, t)
+    else:
+        put_in(fleet.between, whole(QUEUE_FIRST), fleet.way, request)
+        fleet.between[QUEUED_FOR_PREFILL] += 1
+
+
+@bare
+def pull(world, worker, t):
+    """Have a prefill worker with free slots take from the queue for prefill."""
+    fleet = world.fleet
+    between = fleet.between
+    while between[QUEUE_FIRST] >= 0:
+        request = whole(between[QUEUE_FIRST])
+        judge(world, world.prefill_router, request)
+        if not has_free_slot(world, worker):
+            break
+        take_out(between, whole(QUEUE_FIRST), fleet.way)
+        between[QUEUED_FOR_PREFILL] -= 1
+        queued_at = fleet.instants[TO_PREFILL_AT, unsigned(request)]
+        world.work.sums[BACKLOG] += max(t - max(queued_at, world.warmup), 0.0)
+        arrive_at_prefill(world, request, worker, t)
+
+
+@bare
+def try_to_reserve(world, request, worker, t):
+    """Reserve a request's blocks at its decode worker, which is at its first boundary from `t` on."""
+    fleet = world.fleet
+    w = unsigned(worker)
+    p = world.groups[kind_of(world, worker)]
+    holds = fleet.counts[w, FREE] < fleet.blocks[w]
+    if not reserve(
+        policy_of(p), memory_of(p), world.load, view(world, worker, world.work.gaps), cache_of(world, worker),
+        world.warmup, holds, request,
+    ):  # fmt: skip
+        return False
+    fleet.instants[RESERVED_AT, unsigned(request)] = t
+    look_again(world, worker)  # it may run out of blocks earlier now
+    return True
+
+
+@bare
+def on_reserved(world, request, t):
+    """A request's blocks are reserved: it goes on to what comes next."""
+    if world.split.reserves_first:
+        go_to_prefill(world, request, t)
+    else:
+        move(world, request, t)
+
+
+@bare
+def reserve_or_wait(world, request, t):
+    """Reserve a request's blocks at its decode worker, or have it wait there until there are enough."""
+    fleet = world.fleet
+    worker = whole(fleet.way[DECODES_AT, unsigned(request)])
+    bring_up(world, worker, t)
+    if fleet.waiting[2 * worker] < 0 and try_to_reserve(world, request, worker, t):
+        on_reserved(world, request, t)
+        return
+    put_in(fleet.waiting, 2 * worker, fleet.way, request)
+    look_again(world, worker)  # it must not run on over the next end, which may make room
+
+
+@bare
+def retry(world, worker, t):
+    """Blocks of a decode worker have come free: reserve for those that wait, in their order."""
+    fleet, work = world.fleet, world.work
+    first = 2 * worker
+    while fleet.waiting[first] >= 0:
+        request = whole(fleet.waiting[first])
+        if not try_to_reserve(world, request, worker, t):
+            break
+        take_out(fleet.waiting, first, fleet.way)
+        since = work.times[SINCE, unsigned(request)]
+        if not world.split.reserves_first:
+            since = fleet.instants[PREFILLED_AT, unsigned(request)]
+        work.sums[BACKLOG] += max(t - max(since, world.warmup), 0.0)
+        on_reserved(world, request, t)
+
+
+@bare
+def make_room(world, worker, t):
+    """Free what requests that have ended hold at a decode worker, for those that wait for blocks there."""
+    if world.fleet.counts[unsigned(worker), ENDED] > 0:
+        p = world.groups[kind_of(world, worker)]
+        let_ended_go(
+            view(world, worker, world.work.gaps), fetched(world.load), cache_of(world, worker), memory_of(p),
+            policy_of(p),
+        )  # fmt: skip
+    retry(world, worker, t)
+
+
+@bare
+def move(world, request, t):
+    """Have the keys and values that its decode worker lacks move there."""
+    fleet, transfer = world.fleet, world.transfer
+    r = unsigned(request)
+    size = memory_of(world.groups[kind_of(world, whole(fleet.way[DECODES_AT, r]))]).block_size
+    tokens = whole(world.load.prompt_tokens[r]) - world.work.own[HIT, r]
+    fleet.instants[TRANSFER_AT, r] = t
+    fleet.moved[r] = tokens * transfer.bytes_per_token
+    blocks = (tokens + size - 1) // size
+    setup = transfer.latency + blocks * transfer.descriptors_per_run * transfer.descriptor_cost
+    if setup > 0.0:
+        set_timer(world, request, t + setup, whole(FLOW))
+    else:
+        flow(world, request, t)
+
+
+@bare
+def flow(world, request, t):
+    """Have a transfer's bytes flow."""
+    fleet, transfer = world.fleet, world.transfer
+    r = unsigned(request)
+    if fleet.moved[r] == 0.0 or transfer.unlimited:
+        all_flowed(world, request, t)
+        return
+    fabric = whole(fleet.sent.size) if transfer.fabric_bandwidth < np.inf else whole(links.NO_LINK)
+    source, destination = whole(fleet.way[PREFILLS_AT, r]), whole(fleet.way[DECODES_AT, r])
+    links.begin(fleet.links, t, whole(request), source, destination, fabric, fleet.moved[r])
+
+
+@bare
+def all_flowed(world, request, t):
+    """All bytes of a transfer are there: it is noticed now or later."""
+    fleet, transfer = world.fleet, world.transfer
+    r = unsigned(request)
+    at = t
+    if fleet.moved[r] > 0.0 and transfer.transpose_launch > 0.0:
+        at += fleet.moved[r] * transfer.transpose_per_byte + transfer.transpose_launch
+    if transfer.polling > 0.0:
+        at = noticed_at(fleet.instants[TRANSFER_AT, r], at, transfer.polling)
+    if at > t:
+        set_timer(world, request, at, whole(NOTICE))
+    else:
+        landed(world, request, t)
+
+
+@bare
+def landed(world, request, t):
+    """A request's keys and values are at its decode worker, and it is noticed."""
+    world.fleet.instants[NOTICED_AT, unsigned(request)] = t
+    unpin(world, request, t)
+    own = world.work.own
+    r = unsigned(request)
+    worker = whole(world.fleet.way[DECODES_AT, r])
+    bring_up(world, worker, t)
+    own[COMPUTED, r] = 0
+    own[GENERATED, r] = int(world.split.first_by_prefill)
+    own[KV, r] = whole(world.load.prompt_tokens[r]) + own[GENERATED, r]
+    send(world, request, worker, t)
+
+
+@bare
+def unpin(world, request, t):
+    """Free what a request holds at its prefill worker."""
+    fleet = world.fleet
+    worker = whole(fleet.way[PREFILLS_AT, unsigned(request)])
+    free_all(world, request, worker, whole(world.load.prompt_tokens[unsigned(request)]))
+    if fleet.counts[unsigned(worker), WAITING] > 0:
+        wake(world, worker, t)
+    else:
+        look_again(world, worker)
+
+
+@bare
+def free_all(world, request, worker, computed):
+    """Free what a request that has no slot holds at a worker, of whose tokens so many are there."""
+    memory = memory_of(world.groups[kind_of(world, worker)])
+    give_back(
+        memory, view(world, worker, world.work.gaps), cache_of(world, worker), request,
+        full_blocks(computed, memory.block_size, memory.shift),
+    )  # fmt: skip
+
+
+@bare
+def prefilled(world, request, worker, t):
+    """A request's prefill has ended; returns whether what follows it could be issued."""
+    fleet, split, work, load = world.fleet, world.split, world.work, world.load
+    r = unsigned(request)
+    fleet.instants[PREFILLED_AT, r] = t
+    if split.first_by_prefill:
+        work.times[FIRST_AT, r] = work.times[LAST_AT, r] = t
+        if load.output_tokens[r] == 1:
+            work.own[STATE, r] = GONE
+            work.own[GENERATED, r] = 1
+            work.times[ENDED_AT, r] = t
+            unpin(world, request, t)
+            if split.reserves_first:
+                release(world, request, t)
+            return follow_up(work, load, request, t)
+    if split.reserves_first:
+        move(world, request, t)
+    else:
+        fleet.way[DECODES_AT, r] = route(fleet, world.router, request, judge(world, world.router, request))
+        reserve_or_wait(world, request, t)
+    return True
+
+
+@bare
+def release(world, request, t):
+    """A request has ended with its prefill: free what was reserved for its decode."""
+    worker = whole(world.fleet.way[DECODES_AT, unsigned(request)])
+    bring_up(world, worker, t)
+    free_all(world, request, worker, whole(world.work.own[HIT, unsigned(request)]))
+    look_again(world, worker)
+    retry(world, worker, t)
+
+
+@bare
+def goes_elsewhere(world, request, worker, t):
+    """Have a request be prefilled elsewhere than at its decode worker, if that is to be; returns whether it is."""
+    fleet, work = world.fleet, world.work
+    r = unsigned(request)
+    if not is_remote(world, request, worker):
+        return False
+    fleet.way[REMOTE, r] = 1
+    work.times[SINCE, r] = t
+    work.counts[ENQUEUED] += 1
+    if world.split.reserves_first:
+        reserve_or_wait(world, request, t)
+    else:
+        fleet.way[DECODES_AT, r] = -1
+        go_to_prefill(world, request, t)
+    return True
+
+
+@bare
+def is_remote(world, request, worker):
+    """Whether a request is prefilled elsewhere than at its decode worker."""
+    fleet, split = world.fleet, world.split
+    w = unsigned(worker)
+    able = judge(world, world.prefill_router, request)
+    if able == 0:
+        return False
+    memory = memory_of(world.groups[kind_of(world, worker)])
+    prompt = whole(world.load.prompt_tokens[unsigned(request)])
+    hit = hit_tokens(cache_of(world, worker), memory, prompt, request)
+    used = (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w] if memory.blocks < ENDLESS else 0.0
+    waiting = whole(fleet.between[QUEUED_FOR_PREFILL])
+    busy = False
+    if split.queued:
+        busy = waiting > 0 or idle_prefill_worker(world) < 0
+    else:
+        for other in range(split.prefill_workers):
+            waiting += fleet.counts[unsigned(other), WAITING]
+        turn = fleet.turn[world.prefill_router.place]
+        chosen = route(fleet, world.prefill_router, request, able)
+        fleet.turn[world.prefill_router.place] = turn
+        busy = outstanding(fleet, chosen) > 0
+    return not local(split, prompt, hit, used, busy, waiting)
+
+
+@bare
+def give_way(world, worker):
+    """A decode worker can't admit anything for want of blocks, and nothing runs: free those of the last that came.
+
+    It will compute all anew. Returns whether there was one.
+    """
+    fleet, own = world.fleet, world.work.own
+    w = unsigned(worker)
+    if fleet.counts[w, WAITING] == 0 or fleet.counts[w, RUNNING] > 0 or fleet.counts[w, BLOCKED] == 0:
+        return False
+    last = whole(-1)
+    for request in range(world.load.prompt_tokens.size):
+        r = unsigned(request)
+        has_blocks = fleet.way[DECODES_AT, r] == worker and own[STATE, r] == QUEUED and own[KV, r] > 0
+        if has_blocks and (last < 0 or fleet.instants[NOTICED_AT, r] >= fleet.instants[NOTICED_AT, unsigned(last)]):
+            last = request
+    if last < 0:
+        return False
+    free_all(world, last, worker, int(own[KV, unsigned(last)]) - 1)
+    own[KV, unsigned(last)] = 0
+    own[PREEMPTIONS, unsigned(last)] += 1
+    fleet.counts[w, PREEMPTED] += 1
+    return True
+
+
+@bare
+def join(world):
+    """Put both parts of the requests that were prefilled elsewhere together."""
+    fleet, own, times = world.fleet, world.work.own, world.work.times
+    for request in range(world.load.prompt_tokens.size):
+        r = unsigned(request)
+        if fleet.way[REMOTE, r] != 1:
+            continue
+        times[STARTED_AT, r] = fleet.times[STARTED_AT, r]
+        own[PREEMPTIONS, r] += fleet.own[PREEMPTIONS, r]
+        if own[STATE, r] == UNSEEN:
+            # It has not come to its decode worker
+            own[GENERATED, r] = 0 if np.isnan(times[FIRST_AT, r]) else 1
+            if np.isnan(times[STARTED_AT, r]):
+                own[STATE, r] = QUEUED
+                world.work.counts[WAITING] += 1
+            else:
+                own[STATE, r] = PREFILL
+        elif own[STATE, r] == QUEUED and own[PREEMPTIONS, r] == 0:
+            own[STATE, r] = PREFILL

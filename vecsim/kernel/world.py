@@ -1,0 +1,234 @@
+"""What the event loop of a fleet works on, and the small steps that its parts have in common."""
+
+import numpy as np
+
+from vecsim.kernel import tree
+from vecsim.kernel.address import call_token_loop
+from vecsim.kernel.jit import bare, inlined, unsigned, whole
+from vecsim.kernel.placed import fetched
+from vecsim.kernel.routing import PREFILLS, load_of
+from vecsim.kernel.state import (
+    BAD_DURATION,
+    BEGINS,
+    DONE,
+    GOES_ON,
+    Cache,
+    TokenLoad,
+    TokenWork,
+)
+from vecsim.kernel.token import never_fits
+from vecsim.kernel.token_scenarios import GROUP_WORKERS, memory_of, model_of, policy_of
+from vecsim.kernel.token_state import (
+    ALL_STEPS,
+    BLOCKED,
+    END_TIME,
+    FORESEEN,
+    INBOX_HEAD,
+    LONGEST,
+    MEASURING,
+    NOW,
+    SINCE,
+    put_last,
+)
+
+# Place in `fleet.between`: the status, if it isn't `DONE`; those after it are in `vecsim.kernel.handover`
+TROUBLE, BETWEEN = 0, 5
+
+# What counts references to arrays it returns would leave them counted here, where nobody does.
+tables_of = inlined(model_of.py_func)
+
+
+@inlined
+def prefills_only(world, worker):
+    """Whether a worker does nothing but prefill."""
+    return worker < world.split.prefill_workers
+
+
+@inlined
+def kind_of(world, worker):
+    """Where the numbers of a worker's kind are."""
+    return unsigned(world.fleet.group[unsigned(worker)])
+
+
+@inlined
+def view(world, worker, gaps):
+    """What one worker works in: its own rows, and the requests of all."""
+    fleet, work = world.fleet, world.work
+    w = unsigned(worker)
+    prefills = prefills_only(world, worker)
+    return TokenWork(
+        fleet.counts[w],
+        fleet.sums[w],
+        gaps,
+        fleet.own if prefills else work.own,
+        fleet.times if prefills else work.times,
+        fleet.first[w],
+        fleet.unclip[w],
+        fleet.residues[w],
+        fleet.prefills[w],
+        fleet.chunk_of[w],
+        fleet.chunk_tokens[w],
+        fleet.stack[w],
+        work.coming,
+        fleet.ended[w],
+        fleet.joined[w],
+        fleet.joined_at[w],
+        fleet.newcomers[w],
+        fleet.late[w],
+        fleet.starving[w],
+    )
+
+
+@inlined
+def cache_of(world, worker):
+    """What a worker can find in its KV memory."""
+    fleet, cache = world.fleet, world.cache
+    w = unsigned(worker)
+    prefills = prefills_only(world, worker)
+    return Cache(
+        fleet.nodes[w],
+        fleet.node_of[w],
+        fleet.owned if prefills else cache.owned,
+        fleet.own_blocks if prefills else cache.own,
+        cache.ids,
+        cache.shared,
+        cache.own_start,
+    )
+
+
+@inlined
+def visiting(world, kind, worker):
+    """The load as a worker is given it: requests come by its inbox alone, and have one token to yield for a prefill."""
+    load = world.load
+    prefills = prefills_only(world, worker)
+    ones = world.fleet.ones[: load.prompt_tokens.size]
+    return TokenLoad(
+        load.arrived_at,
+        load.prompt_tokens,
+        ones if prefills else load.output_tokens,
+        ones if prefills else load.max_tokens,
+        load.classes,
+        load.follower[:0],
+        load.think,
+        load.urgency,
+        load.ttft_limits,
+        load.itl_limits,
+        load.watches_gaps and not prefills,
+        0,
+        kind,
+        whole(worker),
+        False,
+        load.think_time,
+        load.before_queue,
+        load.per_token,
+        load.at_completion,
+    )
+
+
+@bare
+def visit(world, worker, kind, until):
+    """Have a worker go on until a time; returns the status."""
+    fleet, work = world.fleet, world.work
+    p = world.groups[kind_of(world, worker)]
+    w = unsigned(worker)
+    measures = fleet.counts[w, MEASURING] != 0 and not prefills_only(world, worker)
+    fleet.counts[w, ALL_STEPS] = work.counts[ALL_STEPS]
+    status = call_token_loop(
+        world.step_loop,
+        (
+            policy_of(p), memory_of(p), tables_of(p, world.tables), visiting(world, kind, worker),
+            view(world, worker, work.gaps if measures else fleet.unmeasured), cache_of(world, worker),
+            fetched(world.record), until, world.warmup, world.stop, world.own_rule, world.own_duration,
+        ),
+    )  # fmt: skip
+    if kind != BEGINS:
+        work.counts[ALL_STEPS] = fleet.counts[w, ALL_STEPS]
+    if status == BAD_DURATION:
+        work.sums[NOW], work.sums[LONGEST] = fleet.sums[w, NOW], fleet.sums[w, LONGEST]
+    return status
+
+
+@inlined
+def is_behind(world, worker, t):
+    """Whether a worker was left behind the time, since it does nothing but decode."""
+    sums = world.fleet.sums
+    w = unsigned(worker)
+    return sums[w, FORESEEN] > sums[w, END_TIME] and sums[w, END_TIME] < t
+
+
+@bare
+def bring_up(world, worker, t):
+    """Have a worker that was left behind go on to its first boundary from `t` on."""
+    if is_behind(world, worker, t):
+        status = visit(world, worker, whole(GOES_ON), t)
+        if status != DONE:
+            world.fleet.between[TROUBLE] = status
+
+
+@inlined
+def sleeps(world, worker):
+    """Whether a worker has nothing to do."""
+    clock = world.fleet.clock
+    return clock[unsigned((clock.size >> 1) + worker)] == np.inf
+
+
+@bare
+def look_again(world, worker):
+    """Something has changed at a worker that is at its first boundary from now on: it must not run on over it."""
+    fleet = world.fleet
+    fleet.sums[unsigned(worker), FORESEEN] = 0.0
+    fleet.counts[unsigned(worker), BLOCKED] = 0
+    if not sleeps(world, worker):
+        tree.put(fleet.clock, worker, fleet.sums[unsigned(worker), END_TIME])
+
+
+@bare
+def wake(world, worker, t):
+    """The same; and wake it if it sleeps."""
+    fleet = world.fleet
+    if sleeps(world, worker):
+        fleet.sums[unsigned(worker), END_TIME] = t
+        tree.put(fleet.clock, worker, t)
+    look_again(world, worker)
+
+
+@bare
+def note_load(world, worker):
+    """Let the router see what a worker has to do now."""
+    fleet = world.fleet
+    router = world.prefill_router if prefills_only(world, worker) else world.router
+    tree.put(fleet.loads[router.place], worker - router.first, load_of(fleet, router, worker))
+
+
+@bare
+def send(world, request, worker, t):
+    """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
+    fleet, work = world.fleet, world.work
+    w, r = unsigned(worker), unsigned(request)
+    if prefills_only(world, worker):
+        fleet.times[SINCE, r] = t
+        put_last(fleet.counts[w], fleet.own, INBOX_HEAD, request)
+    else:
+        work.times[SINCE, r] = t
+        put_last(fleet.counts[w], work.own, INBOX_HEAD, request)
+    fleet.sent[w] += 1
+    note_load(world, worker)
+    wake(world, worker, t)
+
+
+@bare
+def judge(world, router, request):
+    """Which kinds of a router's workers could ever hold a request, into `fleet.fits`; returns how many workers."""
+    fleet, groups, load = world.fleet, world.groups, world.load
+    r = unsigned(request)
+    prefills = router.place == PREFILLS
+    output, cap = (1, 1) if prefills else (whole(load.output_tokens[r]), whole(load.max_tokens[r]))
+    able = worker = 0
+    for group in range(groups.shape[0]):
+        p = groups[unsigned(group)]
+        if prefills_only(world, worker) == prefills:
+            fits = not never_fits(policy_of(p), memory_of(p), whole(load.prompt_tokens[r]), output, cap)
+            fleet.fits[unsigned(group)] = fits
+            able += fits * int(p[GROUP_WORKERS])
+        worker += int(p[GROUP_WORKERS])
+    return able
