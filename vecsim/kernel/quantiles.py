@@ -65,11 +65,13 @@ def quantiles(values, smallest, largest, wanted, counts, places, bins, kept, out
     """
     n = values.size
     if smallest == largest:
-        out[:] = smallest
+        for q in range(wanted.size):
+            out[q] = smallest
         return
     lowest, highest = bin_of(smallest), bin_of(largest)
-    counts[lowest : highest + 1] = 0
-    places[lowest : highest + 1] = 0
+    for i in range(lowest, highest + 1):
+        counts[i] = 0
+        places[i] = 0
     for i in range(n):
         b = bin_of(values[i])
         bins[i] = b
@@ -85,14 +87,17 @@ def quantiles(values, smallest, largest, wanted, counts, places, bins, kept, out
     for q in range(wanted.size):
         rank = int((n - 1) * wanted[q])
         if rank == known:  # the walk may have gone past it
-            where[2 * q : 2 * q + 2] = where[2 * q - 2 : 2 * q]
+            for side in range(2):
+                for j in range(2):
+                    where[2 * q + side, j] = where[2 * q - 2 + side, j]
             continue
         known = rank
         for side in range(2):
             while below + counts[unsigned(bin_)] <= min(rank + side, n - 1):
                 below += counts[unsigned(bin_)]
                 bin_ += 1
-            where[2 * q + side] = bin_, below
+            where[2 * q + side, 0] = bin_
+            where[2 * q + side, 1] = below
             if places[unsigned(bin_)] == 0:
                 places[unsigned(bin_)] = end
                 end += counts[unsigned(bin_)]
@@ -111,7 +116,8 @@ def quantiles(values, smallest, largest, wanted, counts, places, bins, kept, out
         position = (n - 1) * wanted[q]
         rank = int(position)
         for side in range(2 if rank != known else 0):
-            bin_, below = where[2 * q + side]
+            bin_ = where[2 * q + side, 0]
+            below = where[2 * q + side, 1]
             end = int(places[unsigned(bin_)])
             begin = end - counts[unsigned(bin_)]
             if end - 1 != last:
