@@ -29,7 +29,7 @@ def test_every_built_in_batcher_has_a_twin_here():
     assert set(TWINS) == set(BATCHERS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(strategies.engines, strategies.time_limits, st.sampled_from(BATCHERS), st.integers(1, 3), st.booleans())
 def test_a_users_copy_of_a_built_in_rule_gives_the_same_bits_in_one_sweep_with_others(
     engine, time_limit, kind, threads, batcher_last
@@ -133,14 +133,23 @@ def test_a_rule_that_fails_as_it_runs_says_which_and_how(rule, message, seeds):
     sim.sweep(ENGINE, 200, progress=False, batcher=[sim.IFBatcher()], seed=range(seeds))  # and all is well again
 
 
-@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint64, np.bool_])
+def one_prefill(kind):
+    """The rule of that name, with an answer of another type."""
+    return numba.njit(lambda batch: kind(batch.prefilling == 0))
+
+
+# Each takes over a second to compile.
+WHOLE = {kind: one_prefill(kind) for kind in (np.int8, np.uint8, np.uint64, np.bool_)}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
 def test_any_whole_number_will_do(kind):
-    ours = engine_of(numba.njit(lambda batch: kind(batch.prefilling == 0))).run(300)
+    ours = engine_of(WHOLE[kind]).run(300)
     xr.testing.assert_equal(ours.requests, engine_of(sim.IFBatcherWithOnePrefillOnly()).run(300).requests)
 
 
 def test_rules_of_one_name_are_numbered():
-    rules = [wrong("1"), wrong("batch.free"), wrong("0")]
+    rules = list(WHOLE.values())[:3]
     ds = sim.sweep(ENGINE, 50, progress=False, batcher=[*rules, rules[1]])
     assert ds.batcher.values.tolist() == ["<lambda>", "<lambda> #2", "<lambda> #3", "<lambda> #2"]
 

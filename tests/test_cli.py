@@ -102,7 +102,7 @@ def test_an_existing_file_is_kept_without_force_and_named_before_computing(tmp_p
 
 
 def test_quiet_prints_nothing(tmp_path):
-    done = command(tmp_path, *SMALL, "-o", "a.nc", "--quiet")
+    done = cli(tmp_path, *SMALL, "-o", "a.nc", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -39,27 +39,27 @@ def test_requests_are_conserved_and_every_request_moves_forward(engine, time_lim
 @given(strategies.engines, strategies.time_limits)
 def test_first_come_is_first_served_and_no_slot_holds_two(engine, time_limit):
     r = engine.run(time_limit).requests
-    started = r.started_at.values
+    slots, started, completed = r.slot.values, r.started_at.values, r.completed_at.values
     assert (np.diff(started[~np.isnan(started)]) >= 0).all()
     for slot in range(engine.max_batch_size):
-        mine = r.isel(request=(r.slot == slot).values)
-        ends = np.nan_to_num(mine.completed_at.values, nan=np.inf)
-        assert (mine.started_at.values[1:] >= ends[:-1]).all()
-    assert int(r.slot.max()) < engine.max_batch_size if r.sizes["request"] else True
+        mine = slots == slot
+        ends = np.nan_to_num(completed[mine], nan=np.inf)
+        assert (started[mine][1:] >= ends[:-1]).all()
+    assert slots.max(initial=-1) < engine.max_batch_size
 
 
 @settings(max_examples=150, deadline=None)
 @given(strategies.engines, strategies.time_limits)
 def test_littles_law_holds_for_slots_and_queue(engine, time_limit):
     run = engine.run(time_limit)
-    r, s, end = run.requests, run.steps, float(run.metrics.end_time)
-    last = float(s.time[-1])
-    in_slots = np.nan_to_num(r.completed_at, nan=end) - r.started_at.values
-    in_queue = np.nan_to_num(r.started_at, nan=end) - r.enqueued_at.values
-    running = ((s.prefilling + s.decoding) * s.duration).sum()
+    end = float(run.metrics.end_time)
+    r, s = ({name: column.values for name, column in ds.variables.items()} for ds in (run.requests, run.steps))
+    in_slots = np.nan_to_num(r["completed_at"], nan=end) - r["started_at"]
+    in_queue = np.nan_to_num(r["started_at"], nan=end) - r["enqueued_at"]
+    running = ((s["prefilling"] + s["decoding"]) * s["duration"]).sum()
     np.testing.assert_allclose(np.nansum(in_slots), running, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(in_queue.sum(), (s.queue_size * s.duration).sum(), rtol=1e-9, atol=1e-9)
-    assert last < end
+    np.testing.assert_allclose(in_queue.sum(), (s["queue_size"] * s["duration"]).sum(), rtol=1e-9, atol=1e-9)
+    assert s["time"][-1] < end
 
 
 @settings(max_examples=100, deadline=None)

@@ -48,7 +48,7 @@ def literal(engine: sim.Engine, time_limit: float) -> oracle.Result:
     )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(strategies.engines, strategies.time_limits)
 def test_every_event_is_that_of_the_literal_rules(engine, time_limit):
     run = engine.run(time_limit)
@@ -76,7 +76,7 @@ def test_every_event_is_that_of_the_literal_rules(engine, time_limit):
         np.testing.assert_array_equal(run.steps[name].values, values, err_msg=name)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(strategies.engines, strategies.time_limits, st.floats(0, 0.99), strategies.quantiles)
 def test_every_metric_is_that_of_its_definition(engine, time_limit, share, quantiles):
     warmup = share * time_limit

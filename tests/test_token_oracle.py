@@ -65,7 +65,7 @@ def dynamo_ms(chosen, capacity):
 def test_every_instant_of_dynamos_simulator_is_met():
     path = Path(os.environ["VECSIM_DATA"]) / "golden" / "dynosim" / "poisson5000_agg1_rr_nocache.csv"
     with path.open() as file:
-        rows = list(csv.DictReader(file))[:1500]
+        rows = list(csv.DictReader(file))[:750]
     result = token_oracle.simulate(
         [Request(float(row["arrival_ms"]), int(row["input_length"]), int(row["output_length"])) for row in rows],
         batcher=TokenBudget(8192), slots=256, blocks=16384, block_size=64,
@@ -79,7 +79,7 @@ def test_every_instant_of_dynamos_simulator_is_met():
             assert request.token_at[0] == pytest.approx(float(row["first_token_ms"]), abs=1e-3)
             assert request.token_at[-1] == pytest.approx(float(row["last_token_ms"]), abs=1e-3)
             compared += 1
-    assert compared > 1000
+    assert compared > 500
 
 
 @pytest.mark.data
@@ -361,7 +361,7 @@ def keeps_budget(batcher, chosen):
             return not prefills or tokens <= batcher.chunk_tokens
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data(), st.integers(1, 8), st.integers(7, 40), st.sampled_from([4, 16]))
 def test_the_laws_of_any_scheduler_hold(data, slots, blocks, block_size):
     batcher = data.draw(batchers(slots))

@@ -481,7 +481,7 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(REQUESTS, min_size=1, max_size=12))
 def test_any_trace_reads_back_the_same(requests):
     requests.sort(key=lambda request: request.time)

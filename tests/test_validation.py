@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -156,13 +157,17 @@ REASONS = {
 }
 
 
-def test_the_command_meets_simulated_runs_and_names_what_it_cannot_read(folder, tmp_path):
-    command = [sys.executable, str(FOLDER), str(folder), "-o", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_the_command_meets_simulated_runs_and_names_what_it_cannot_read(
+    validation, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["validation", str(folder), "-o", str(tmp_path)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(FOLDER / "__main__.py"), run_name="__main__")
+    printed = capsys.readouterr().out
     for name, reason in REASONS.items():
-        line = next(line for line in done.stdout.splitlines() if line.startswith(f"| {name}.json"))
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {name}.json"))
         assert reason in line
-    assert done.stdout.strip() == (tmp_path / "validation.md").read_text().strip()
+    assert printed.strip() == (tmp_path / "validation.md").read_text().strip()
     with (tmp_path / "validation.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["run"] for row in rows} == {"a-known-model", "b-other-model"}

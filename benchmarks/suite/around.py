@@ -125,11 +125,11 @@ class StartUp:
     track_import.unit = "s"
 
     def track_first_sweep(self):
-        return min(cases.child(cases.FIRST)[0] for _ in range(1 if cases.TINY else 3))
+        return min(cases.first(cases.FIRST) for _ in range(1 if cases.TINY else 3))
 
     track_first_sweep.unit = "s"
 
     def track_first_sweep_of_an_own_rule(self):
-        return min(cases.child(FIRST_OWN_RULE)[0] for _ in range(1 if cases.TINY else 3))
+        return min(cases.first(FIRST_OWN_RULE) for _ in range(1 if cases.TINY else 3))
 
     track_first_sweep_of_an_own_rule.unit = "s"
