@@ -299,6 +299,12 @@ class Engine:
     def queued_at(self, request: Request) -> float:
         return request.arrived_at + self.overheads.before_queue
 
+    def refuses(self, request: Request) -> bool:
+        """Whether it could never be served."""
+        total = request.prompt_tokens + request.output_tokens
+        too_long = self.max_model_len is not None and total > self.max_model_len
+        return too_long or self.needed(total) > self.blocks or self.batcher.refuses(self, request)
+
     def enqueue(self) -> list[Request]:
         """Who has arrived until now joins the queue; those that could never be served are refused and returned."""
         refused = []
@@ -306,9 +312,7 @@ class Engine:
         arrived = [request for request in self.arrivals if request.arrived_at + before_queue <= self.now]
         for request in sorted(arrived, key=lambda request: (request.arrived_at, request.index)):
             self.arrivals.remove(request)
-            total = request.prompt_tokens + request.output_tokens
-            too_long = self.max_model_len is not None and total > self.max_model_len
-            if too_long or self.needed(total) > self.blocks or self.batcher.refuses(self, request):
+            if self.refuses(request):
                 request.dropped = True
                 refused.append(request)
             else:
