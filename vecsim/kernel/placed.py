@@ -7,12 +7,11 @@ numba hands every number of every array in a tuple over one by one. The event lo
 import hashlib
 from typing import Any
 
-from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.typing.templates import AttributeTemplate
-from numba.extending import intrinsic, lower_getattr_generic, models, register_model
+from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 
-from numba.core.extending import infer_getattr  # isort: skip
+function: Any = intrinsic  # that kernels call: one argument less than mypy sees
 
 
 class Placed(types.Type):
@@ -39,7 +38,7 @@ class PlacedFields(AttributeTemplate):
 
     key = Placed
 
-    def generic_resolve(self, kind: Any, name: str) -> Any:
+    def generic_resolve(self, kind: Any, name: str) -> Any:  # type: ignore[override]
         """The type of a field; none of another name."""
         if name not in kind.held.fields:
             return None
@@ -60,12 +59,12 @@ def load_field(context: Any, builder: Any, kind: Any, value: Any, name: str) -> 
 def load(builder: Any, place: Any) -> Any:
     """Load number by number what nobody changes."""
     kind = place.type.pointee
-    if not isinstance(kind, ir.LiteralStructType | ir.ArrayType):
+    if not hasattr(kind, "__len__"):
         loaded = builder.load(place)
         loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
         return loaded
     whole = cgutils.get_null_value(kind)
-    for index in range(len(kind) if isinstance(kind, ir.LiteralStructType) else kind.count):
+    for index in range(len(kind)):
         whole = builder.insert_value(whole, load(builder, cgutils.gep_inbounds(builder, place, 0, index)), index)
     return whole
 
@@ -73,14 +72,14 @@ def load(builder: Any, place: Any) -> Any:
 def store(builder: Any, value: Any, place: Any) -> None:
     """Store number by number."""
     kind = value.type
-    if not isinstance(kind, ir.LiteralStructType | ir.ArrayType):
+    if not hasattr(kind, "__len__"):
         builder.store(value, place)
         return
-    for index in range(len(kind) if isinstance(kind, ir.LiteralStructType) else kind.count):
+    for index in range(len(kind)):
         store(builder, builder.extract_value(value, index), cgutils.gep_inbounds(builder, place, 0, index))
 
 
-@intrinsic
+@function
 def placed(typing: Any, given: Any) -> Any:
     """The address of a copy of a tuple, which lives as long as the function that asks for it runs."""
 
@@ -92,7 +91,7 @@ def placed(typing: Any, given: Any) -> Any:
     return Placed(given)(given), generate
 
 
-@intrinsic
+@function
 def fetched(typing: Any, place: Any) -> Any:
     """All of a tuple that is in memory."""
 
