@@ -1,7 +1,7 @@
 """Fleets: many engines behind a router, prefill and decode together or apart."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
 from vecsim.declaration import Count, Declaration, Range
@@ -9,7 +9,14 @@ from vecsim.engine import AnyStepTime, Engine
 from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator
 from vecsim.overheads import Overheads
-from vecsim.routing import ROUTERS, AnyRouter, LeastOutstandingRouter, RoundRobinRouter
+from vecsim.routing import (
+    ROUTERS,
+    AnyRouter,
+    CustomRouter,
+    KVAwareRouter,
+    LeastOutstandingRouter,
+    RoundRobinRouter,
+)
 from vecsim.step_time import TickStepTime
 from vecsim.transfer import KVTransfer
 
@@ -112,11 +119,21 @@ class Fleet(Declaration, frozen=True, kw_only=True):
         """What the kernel is told besides the pools, in the order of its numbers."""
         raise NotImplementedError
 
+    def routers(self) -> tuple[AnyRouter, ...]:
+        """All routers."""
+        raise NotImplementedError
+
+    def own_router(self) -> Any:
+        """The rule of a router of the user's own; None if there is none."""
+        return next((router.rule for router in self.routers() if isinstance(router, CustomRouter)), None)
+
     def _check_pools(self) -> None:
         """Refuse pools that can't make up one fleet."""
         if any(isinstance(pool.step_time, TickStepTime) for pool in self.pools):
             raise ValueError("step_time of a pool must be in seconds, got TickStepTime")
         self.engines()  # refuses what an engine would
+        if len({router.rule for router in self.routers() if isinstance(router, CustomRouter)}) > 1:
+            raise ValueError("router and prefill_router must have the same rule of one's own, got two")
         sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
         if len(sizes) > 1:
             raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
@@ -160,9 +177,14 @@ class Fleet(Declaration, frozen=True, kw_only=True):
         return run(self, time_limit, warmup=warmup, quantiles=quantiles)
 
 
-def router_code(router: AnyRouter) -> float:
-    """What the kernel knows a router by."""
-    return float(ROUTERS.index(type(router)))
+def router_numbers(router: AnyRouter, place: Literal["all", "prefill", "decode"]) -> dict[str, float]:
+    """The numbers of a router, in the order of the kernel's; `place` is what its workers do."""
+    credit, scale, temperature, latency = router.numbers()
+    if place == "decode" and isinstance(router, KVAwareRouter):
+        credit = 0.0  # what is cached doesn't count there
+    numbers = (ROUTERS.index(type(router)), credit, scale, place != "prefill", temperature, latency)
+    names = ("code", "credit", "scale", "decode_counts", "temperature", "latency")
+    return {f"{place}.{name}": float(number) for name, number in zip(names, numbers, strict=True)}
 
 
 def transfer_numbers(transfer: KVTransfer | None) -> dict[str, float]:
@@ -218,9 +240,13 @@ class Cluster(Fleet, frozen=True, kw_only=True):
         """Short text: what serves."""
         return f"{self.router.label()} over {' and '.join(pool.summary for pool in self.pools)}"
 
+    def routers(self) -> tuple[AnyRouter, ...]:
+        """All routers."""
+        return (self.router,)
+
     def kernel(self) -> dict[str, float]:
         """What the kernel is told besides the pools, in the order of its numbers."""
-        routers = {"router": router_code(self.router), "prefill_router": 0.0}
+        routers = router_numbers(self.router, "all") | router_numbers(RoundRobinRouter(), "prefill")
         return routers | dict.fromkeys(SPLIT_FIELDS, 0.0) | transfer_numbers(None)
 
 
@@ -360,6 +386,10 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
         pools = {"prefill": listed(self.prefill), "decode": listed(self.decode)}
         return ", ".join(f"{name} {' and '.join(pool.summary for pool in part)}" for name, part in pools.items())
 
+    def routers(self) -> tuple[AnyRouter, ...]:
+        """All routers."""
+        return (self.router,) if self.prefill_router is None else (self.router, self.prefill_router)
+
     def kernel(self) -> dict[str, float]:
         """What the kernel is told besides the pools, in the order of its numbers."""
         rule = self.local_prefill
@@ -371,9 +401,9 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
             *(length, queue_size, ratio, 1.0 if rule is None else rule.decode_busy_threshold),
         )
         return {
-            "router": router_code(self.router),
+            **router_numbers(self.router, "decode"),
             # The queue for prefill goes to the worker with the fewest requests
-            "prefill_router": router_code(self.prefill_router or LeastOutstandingRouter()),
+            **router_numbers(self.prefill_router or LeastOutstandingRouter(), "prefill"),
             **dict(zip(SPLIT_FIELDS, map(float, split), strict=True)),
             **transfer_numbers(self.transfer),
         }

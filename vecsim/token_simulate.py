@@ -66,6 +66,7 @@ def run_token_block(
     """
     from vecsim.kernel.custom import token_kernel
     from vecsim.kernel.token_record import write_token_record
+    from vecsim.token_scenarios import NO_RULES
 
     shared = table.token
     assert shared is not None
@@ -94,7 +95,7 @@ def run_token_block(
         )  # fmt: skip
 
     kernels = {
-        rule: token_kernel(table.rules[rule] if rule >= 0 else (None, None), job()) for rule in set(block.own.tolist())
+        rule: token_kernel(table.rules[rule] if rule >= 0 else NO_RULES, job()) for rule in set(block.own.tolist())
     }
 
     def run_some(first: int, last: int) -> tuple[int, int]:
@@ -209,7 +210,7 @@ class Room:
     """How much room a thread needs for the largest scenario of a block."""
 
     def __init__(self, table: Table, block: Block, numbers: Streams, streams: TokenStreams) -> None:
-        from vecsim.kernel.token_scenarios import FIELDS, SPLIT, WORKERS
+        from vecsim.kernel.token_scenarios import FIELDS, PREFILL_ROUTER, ROUTER, ROUTER_FIELDS, SPLIT, WORKERS
 
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
@@ -221,6 +222,8 @@ class Room:
         self.caching = bool(column["caching"].any())
         fleets = streams.fleets[np.unique(column["fleet"][column["fleet"] >= 0]).astype(np.int64)]
         self.workers = int(fleets[:, WORKERS].max(initial=0))
+        credits = fleets[:, [at + ROUTER_FIELDS.index("credit") for at in (ROUTER, PREFILL_ROUTER)]]
+        self.looks_inside = self.caching and bool(credits.any())
         self.moves = bool(fleets[:, SPLIT].any())
         self.kinds = len(streams.groups)
         self.worker_slots = int(streams.groups[:, FIELDS.index("slots")].max(initial=0)) + 1
@@ -256,7 +259,8 @@ class Room:
 
         numbers = 8.0 * (token_state.COUNTS + token_state.SUMS + self.classes + 4)
         batch = 4.0 * (2 * self.ring + self.block_size + 12 * self.worker_slots + 64)
-        return numbers + batch + 4.0 * (NODE_ROWS * self.nodes + self.ids) * self.caching
+        known = 16.0 * self.ids * self.looks_inside
+        return numbers + batch + known + 4.0 * (NODE_ROWS * self.nodes + self.ids) * self.caching
 
     def _blocks(
         self, column: dict[str, Array], block: Block, numbers: Streams, streams: TokenStreams
@@ -351,6 +355,8 @@ class Room:
         from vecsim.kernel import handover, token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
         from vecsim.kernel.links import links_for
+        from vecsim.kernel.routing import SURVEY_ROWS
+        from vecsim.kernel.seen import places
         from vecsim.kernel.world import BETWEEN
 
         workers, slots = self.workers, self.worker_slots
@@ -369,6 +375,10 @@ class Room:
             blocks=number(workers),
             fits=np.zeros(self.kinds, np.uint8),
             sent=number(workers),
+            sent_blocks=number(workers),
+            sent_new=number(workers),
+            expected=whole(n),
+            survey=np.zeros((SURVEY_ROWS, workers)),
             turn=number(2),
             bound=whole(n),
             clock=np.empty(2 * leaves),
@@ -404,6 +414,7 @@ class Room:
             starving=whole(workers, 2 * slots),
             nodes=whole(workers, NODE_ROWS, self.nodes if self.caching else 0),
             node_of=whole(workers, self.ids if self.caching else 0),
+            seen=np.zeros((workers, places(self.ids) if self.looks_inside else 0)),
         )
 
 

@@ -31,7 +31,7 @@ from vecsim.kernel.handover import (
 )
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
-from vecsim.kernel.routing import LEAST_KV, route
+from vecsim.kernel.routing import looks_inside, route
 from vecsim.kernel.state import (
     BEGINS,
     COASTING,
@@ -115,7 +115,10 @@ def reset(world):
     work.sums[:] = 0.0
     reset_requests(work.own, work.times, cache.owned, requests, cache.owned.size > 0)
     fleet.bound[:requests] = -1
-    fleet.sent[:] = 0
+    for worker in range(fleet.group.size):
+        fleet.sent[unsigned(worker)] = 0
+        fleet.sent_blocks[unsigned(worker)] = 0
+        fleet.sent_new[unsigned(worker)] = 0
     fleet.turn[:] = 0
     fleet.clock[:] = np.inf
     fleet.loads[:] = np.inf
@@ -130,7 +133,7 @@ def reset(world):
 def arrive(world, request, t):
     """A request has come to the router; returns whether the one after it could be issued."""
     fleet, work = world.fleet, world.work
-    worker = route(fleet, world.router, request, judge(world, world.router, request))
+    worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
         work.counts[ENQUEUED] += 1
         work.counts[DROPPED] += 1
@@ -162,7 +165,8 @@ def let_others_know(world, worker, t):
             return False
         if load.follower.size > 0 and load.follower[unsigned(request)] >= 0:
             fleet.bound[unsigned(load.follower[unsigned(request)])] = worker
-    report(fleet.counts[w])
+    own = fleet.own if prefills_only(world, worker) else work.own
+    report(fleet.counts[w], own, fleet.ended[w])
     note_load(world, worker)
     return True
 
@@ -206,7 +210,7 @@ def go_on(world, worker, kind, due, users_wait):
     if not measures:
         until = min(until, world.warmup)
         horizon = min(horizon, world.warmup)
-    fleet.sums[w, HORIZON] = horizon if world.router.code != LEAST_KV else 0.0
+    fleet.sums[w, HORIZON] = 0.0 if looks_inside(world.router) or looks_inside(world.prefill_router) else horizon
     if users_wait or world.split.prefill_workers > 0:
         tree.put(fleet.clock, worker, np.inf)
         until = min(until, fleet.clock[1])

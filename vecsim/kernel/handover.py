@@ -150,8 +150,8 @@ def give_back(memory, work, cache, request, full):
     if memory.caching:
         shared, own_start = blocks_with_ids(cache, memory, request)
         kv.release(
-            counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request,
-            whole(own[HELD, r]), full, False, memory.front,
+            counts, cache.nodes, cache.node_of, cache.seen, cache.owned, cache.own, cache.ids, shared, own_start,
+            request, whole(own[HELD, r]), full, False, memory.front,
         )  # fmt: skip
     else:
         counts[FREE] += own[HELD, r]
@@ -272,7 +272,7 @@ def go_to_prefill(world, request, t):
     fleet.instants[TO_PREFILL_AT, unsigned(request)] = t
     able = judge(world, world.prefill_router, request)
     if not world.split.queued:
-        arrive_at_prefill(world, request, route(fleet, world.prefill_router, request, able), t)
+        arrive_at_prefill(world, request, route(world, world.prefill_router, request, able, t), t)
         return
     worker = idle_prefill_worker(world) if fleet.between[QUEUE_FIRST] < 0 else -1
     if worker >= 0:
@@ -392,7 +392,7 @@ def flow(world, request, t):
     if fleet.moved[r] == 0.0 or transfer.unlimited:
         all_flowed(world, request, t)
         return
-    fabric = whole(fleet.sent.size) if transfer.fabric_bandwidth < np.inf else whole(links.NO_LINK)
+    fabric = whole(fleet.group.size) if transfer.fabric_bandwidth < np.inf else whole(links.NO_LINK)
     source, destination = whole(fleet.way[PREFILLS_AT, r]), whole(fleet.way[DECODES_AT, r])
     links.begin(fleet.links, t, whole(request), source, destination, fabric, fleet.moved[r])
 
@@ -469,7 +469,7 @@ def prefilled(world, request, worker, t):
     if split.reserves_first:
         move(world, request, t)
     else:
-        fleet.way[DECODES_AT, r] = route(fleet, world.router, request, judge(world, world.router, request))
+        fleet.way[DECODES_AT, r] = route(world, world.router, request, judge(world, world.router, request), t)
         reserve_or_wait(world, request, t)
     return True
 
@@ -489,7 +489,7 @@ def goes_elsewhere(world, request, worker, t):
     """Have a request be prefilled elsewhere than at its decode worker, if that is to be; returns whether it is."""
     fleet, work = world.fleet, world.work
     r = unsigned(request)
-    if not is_remote(world, request, worker):
+    if not is_remote(world, request, worker, t):
         return False
     fleet.way[REMOTE, r] = 1
     work.times[SINCE, r] = t
@@ -503,7 +503,7 @@ def goes_elsewhere(world, request, worker, t):
 
 
 @bare
-def is_remote(world, request, worker):
+def is_remote(world, request, worker, t):
     """Whether a request is prefilled elsewhere than at its decode worker."""
     fleet, split = world.fleet, world.split
     w = unsigned(worker)
@@ -522,7 +522,7 @@ def is_remote(world, request, worker):
         for other in range(split.prefill_workers):
             waiting += fleet.counts[unsigned(other), WAITING]
         turn = fleet.turn[world.prefill_router.place]
-        chosen = route(fleet, world.prefill_router, request, able)
+        chosen = route(world, world.prefill_router, request, able, t)
         fleet.turn[world.prefill_router.place] = turn
         busy = outstanding(fleet, chosen) > 0
     return not local(split, prompt, hit, used, busy, waiting)

@@ -204,7 +204,7 @@ def take_blocks(counts, cache, memory, number):
     """Take blocks that are known to be free."""
     if number > 0:
         if memory.caching:
-            kv.take(counts, cache.nodes, cache.node_of, cache.owned, number)
+            kv.take(counts, cache.nodes, cache.node_of, cache.seen, cache.owned, number)
         else:
             counts[FREE] -= number
 
@@ -221,7 +221,9 @@ def schedule(work, cache, memory, request, tokens, hold):
         full = min(full_blocks(own[COMPUTED, r] + tokens, memory.block_size, memory.shift), shared)
         named = int(cache.owned[kv.NAMED, r])
         if full > named:
-            kv.name(counts, cache.nodes, cache.node_of, cache.own, cache.ids, own_start, request, named, full)
+            kv.name(
+                counts, cache.nodes, cache.node_of, cache.seen, cache.own, cache.ids, own_start, request, named, full
+            )  # fmt: skip
             cache.owned[kv.NAMED, r] = full
     chunk_of[unsigned(counts[CHUNKS])] = request
     chunk_tokens[unsigned(counts[CHUNKS])] = tokens

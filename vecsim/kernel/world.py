@@ -21,13 +21,17 @@ from vecsim.kernel.token_scenarios import GROUP_WORKERS, memory_of, model_of, po
 from vecsim.kernel.token_state import (
     ALL_STEPS,
     BLOCKED,
+    BLOCKS,
     END_TIME,
     FORESEEN,
     INBOX_HEAD,
+    KV,
     LONGEST,
     MEASURING,
+    NEW_BLOCKS,
     NOW,
     SINCE,
+    blocks_for,
     put_last,
 )
 
@@ -88,6 +92,7 @@ def cache_of(world, worker):
     return Cache(
         fleet.nodes[w],
         fleet.node_of[w],
+        fleet.seen[w],
         fleet.owned if prefills else cache.owned,
         fleet.own_blocks if prefills else cache.own,
         cache.ids,
@@ -205,13 +210,20 @@ def send(world, request, worker, t):
     """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
     fleet, work = world.fleet, world.work
     w, r = unsigned(worker), unsigned(request)
-    if prefills_only(world, worker):
+    prefills = prefills_only(world, worker)
+    own = fleet.own if prefills else work.own
+    if prefills:
         fleet.times[SINCE, r] = t
-        put_last(fleet.counts[w], fleet.own, INBOX_HEAD, request)
     else:
         work.times[SINCE, r] = t
-        put_last(fleet.counts[w], work.own, INBOX_HEAD, request)
+    put_last(fleet.counts[w], own, INBOX_HEAD, request)
+    memory = memory_of(world.groups[kind_of(world, worker)])
+    blocks = blocks_for(whole(world.load.prompt_tokens[r]), memory.block_size, memory.shift)
+    own[BLOCKS, r] = blocks
+    own[NEW_BLOCKS, r] = 0 if own[KV, r] > 0 else max(blocks - fleet.expected[r], 0)
     fleet.sent[w] += 1
+    fleet.sent_blocks[w] += blocks
+    fleet.sent_new[w] += own[NEW_BLOCKS, r]
     note_load(world, worker)
     wake(world, worker, t)
 
