@@ -80,7 +80,8 @@ class KVAwareRouter(Router, frozen=True, kw_only=True, tag=True):
 class OverlapRouter(Router, frozen=True, kw_only=True, tag=True):
     """The worker with the highest score (Dynamo's first generation).
 
-    That is 2 x cached share of the prompt - KV use - share of waiting. KV use is the share of its KV memory in use; its waiting requests are counted in those of the worker with the most.
+    That is 2 x cached share of the prompt - KV use - share of waiting. KV use is the share of its KV memory in use; the
+    requests that wait there are counted in those of the worker with the most.
     Of equal ones any.
 
     Parameters
