@@ -8,6 +8,7 @@ import pytest
 
 import vecsim as sim
 from vecsim.plot.runs import queue_over_time
+from vecsim.routing import KVAwareRouter, OverlapRouter
 
 LOAD = sim.PoissonLoadGenerator(
     request_rate=12.0,
@@ -28,6 +29,9 @@ ROUTERS = [
     sim.PowerOfTwoRouter(),
     sim.LeastKVRouter(),
     sim.SessionRouter(),
+    KVAwareRouter(),
+    KVAwareRouter(temperature=0.3, event_latency=0.1),
+    OverlapRouter(),
 ]
 
 
@@ -57,7 +61,7 @@ def test_a_fleet_of_one_is_the_engine_alone(batcher, time_limit):
         np.testing.assert_allclose(one.metrics[name].values, other.metrics[name].values, rtol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.label())
 @pytest.mark.parametrize("caching", [False, True])
 def test_every_router_of_one_worker_does_the_same(router, caching):
     load = sim.ConcurrentLoadGenerator(
@@ -132,7 +136,7 @@ def test_vidurs_four_replicas_are_met(data_folder):
     np.testing.assert_allclose(completed_at, [float(row["completed_at"]) for row in rows], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.name)
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router.label())
 def test_requests_are_conserved_and_threads_do_not_matter(router):
     cluster = sim.Cluster(pool=sim.Pool(workers=3, **POOL), router=router, load_generator=LOAD)
     one, two = (
