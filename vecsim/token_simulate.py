@@ -22,6 +22,7 @@ from vecsim.kernel.state import (
     TokenScratch,
     TokenStreams,
     TokenWork,
+    Transfer,
 )
 from vecsim.lengths import MOST_TOKENS
 from vecsim.load import OUTPUT, PROMPT, TURNS
@@ -210,7 +211,15 @@ class Room:
     """How much room a thread needs for the largest scenario of a block."""
 
     def __init__(self, table: Table, block: Block, numbers: Streams, streams: TokenStreams) -> None:
-        from vecsim.kernel.token_scenarios import FIELDS, PREFILL_ROUTER, ROUTER, ROUTER_FIELDS, SPLIT, WORKERS
+        from vecsim.kernel.token_scenarios import (
+            FIELDS,
+            PREFILL_ROUTER,
+            ROUTER,
+            ROUTER_FIELDS,
+            SPLIT,
+            TRANSFER,
+            WORKERS,
+        )
 
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
@@ -225,6 +234,10 @@ class Room:
         credits = fleets[:, [at + ROUTER_FIELDS.index("credit") for at in (ROUTER, PREFILL_ROUTER)]]
         self.looks_inside = self.caching and bool(credits.any())
         self.moves = bool(fleets[:, SPLIT].any())
+        merging = fleets[:, TRANSFER + Transfer._fields.index("merges")] != 0
+        most = streams.groups[:, FIELDS.index("blocks")].max(initial=0)
+        self.placed = int(most) if merging.any() else 0
+        self.first_fit = bool(fleets[merging, TRANSFER + Transfer._fields.index("first_fit")].any())
         self.kinds = len(streams.groups)
         self.worker_slots = int(streams.groups[:, FIELDS.index("slots")].max(initial=0)) + 1
         self.ring = 1 << max(3, (self.longest + 2).bit_length())
@@ -355,7 +368,9 @@ class Room:
         from vecsim.kernel import handover, token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
         from vecsim.kernel.links import links_for
+        from vecsim.kernel.places import CHAIN_ROWS, SIDES
         from vecsim.kernel.routing import SURVEY_ROWS
+        from vecsim.kernel.runs import allocator_for
         from vecsim.kernel.seen import places
         from vecsim.kernel.world import BETWEEN
 
@@ -386,6 +401,12 @@ class Room:
             way=whole(handover.WAY_ROWS, n),
             instants=np.zeros((handover.INSTANT_ROWS, moving)),
             moved=np.zeros(moving),
+            left=np.zeros(moving),
+            runs=whole(moving),
+            allocator=allocator_for(workers, self.placed, self.first_fit),
+            next_block=whole(workers, self.placed),
+            chains=whole(SIDES * CHAIN_ROWS, moving if self.placed else 0),
+            places=whole(SIDES, self.placed + 1),
             timers=whole(moving),
             between=number(BETWEEN),
             waiting=number(2 * workers),

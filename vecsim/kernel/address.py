@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from vecsim.kernel.links import links_for
 from vecsim.kernel.placed import Placed
+from vecsim.kernel.runs import allocator_for
 from vecsim.kernel.state import (
     Array,
     Batch,
@@ -131,14 +132,17 @@ WORLD = Placed(
             fleet=like(
                 Fleet,
                 links=links_for(0, 0),
+                allocator=allocator_for(0, 0, False),
                 **dict.fromkeys(
                     ("blocks", "sent", "sent_blocks", "sent_new", "turn", "between", "waiting", "unmeasured"), NUMBERS
                 ),
                 **dict.fromkeys(("counts", "late"), NUMBER_ROWS),
-                **dict.fromkeys(("clock", "moved", "bandwidths"), FLOATS),
+                **dict.fromkeys(("clock", "moved", "left", "bandwidths"), FLOATS),
                 **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at", "seen", "survey"), FLOAT_ROWS),
                 **dict.fromkeys(("fits", "own_blocks"), BYTES),
-                **dict.fromkeys(("way", "own", "owned", "node_of", *SLOTS), WHOLE_ROWS),
+                **dict.fromkeys(
+                    ("way", "own", "owned", "node_of", "next_block", "chains", "places", *SLOTS), WHOLE_ROWS
+                ),
                 nodes=np.empty((0, 0, 0), np.int32),
             ),
             split=like(Split),

@@ -31,6 +31,7 @@ from vecsim.kernel.handover import (
 )
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
+from vecsim.kernel.places import DESTINATION, free_places, reset_places
 from vecsim.kernel.routing import looks_inside, route
 from vecsim.kernel.state import (
     BEGINS,
@@ -54,6 +55,7 @@ from vecsim.kernel.token import (
     reset_requests,
     take_arrival,
 )
+from vecsim.kernel.token_scenarios import memory_of
 from vecsim.kernel.token_state import (
     BACKLOG,
     BUSY,
@@ -89,12 +91,14 @@ from vecsim.kernel.token_state import (
     TOKENS,
     USED,
     WAITING,
+    blocks_for,
 )
 from vecsim.kernel.world import (
     TROUBLE,
     bring_up,
     is_behind,
     judge,
+    kind_of,
     note_load,
     prefills_only,
     send,
@@ -127,6 +131,8 @@ def reset(world):
         visit(world, worker, whole(BEGINS), 0.0)
         fleet.blocks[unsigned(worker)] = fleet.counts[unsigned(worker), FREE]
         note_load(world, worker)
+    if world.transfer.merges:
+        reset_places(world)
 
 
 @bare
@@ -161,6 +167,11 @@ def let_others_know(world, worker, t):
             if not prefilled(world, request, worker, t):
                 return False
             continue
+        if world.transfer.merges:
+            memory = memory_of(world.groups[kind_of(world, worker)])
+            tokens = load.prompt_tokens[unsigned(request)] + load.output_tokens[unsigned(request)] - 1
+            held = blocks_for(whole(tokens), memory.block_size, memory.shift)
+            free_places(world, whole(DESTINATION), request, worker, held)
         if not follow_up(work, load, request, t):
             return False
         if load.follower.size > 0 and load.follower[unsigned(request)] >= 0:
@@ -270,7 +281,7 @@ def simulate_fleet(world):
             worker = tree.first(fleet.clock)
             w = unsigned(worker)
             prefills, waits = prefills_only(world, worker), fleet.waiting[unsigned(2 * worker)] >= 0
-            stops = users_wait or prefills or waits
+            stops = users_wait or prefills or waits or world.transfer.merges
             if stops and is_behind(world, worker, t):
                 bring_up(world, worker, t)
                 tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])

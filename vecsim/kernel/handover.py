@@ -8,6 +8,7 @@ from vecsim.kernel.heap import pop, push
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.placed import fetched
+from vecsim.kernel.places import DESTINATION, SOURCE, free_places, runs_to_move, take_places
 from vecsim.kernel.routing import could_hold, outstanding, route
 from vecsim.kernel.state import RESERVED
 from vecsim.kernel.token import follow_up, let_ended_go, reset_requests
@@ -228,6 +229,7 @@ def reset_handover(world, requests):
         fleet.bandwidths[split.prefill_workers : workers] = transfer.destination_bandwidth
         fleet.bandwidths[workers] = transfer.fabric_bandwidth
         links.reset(fleet.links, fleet.bandwidths)
+        fleet.runs[:requests] = 0
 
 
 @bare
@@ -312,6 +314,10 @@ def try_to_reserve(world, request, worker, t):
     ):  # fmt: skip
         return False
     fleet.instants[RESERVED_AT, unsigned(request)] = t
+    if world.transfer.merges:
+        own, size = world.work.own, memory_of(p).block_size
+        r = unsigned(request)
+        take_places(world, whole(DESTINATION), request, worker, whole(own[HELD, r]) - whole(own[HIT, r]) // size)
     look_again(world, worker)  # it may run out of blocks earlier now
     return True
 
@@ -376,12 +382,44 @@ def move(world, request, t):
     tokens = whole(world.load.prompt_tokens[r]) - world.work.own[HIT, r]
     fleet.instants[TRANSFER_AT, r] = t
     fleet.moved[r] = tokens * transfer.bytes_per_token
+    fleet.left[r] = 1.0
     blocks = (tokens + size - 1) // size
-    setup = transfer.latency + blocks * transfer.descriptors_per_run * transfer.descriptor_cost
+    stretches = blocks
+    if transfer.merges:
+        source, destination = whole(fleet.way[PREFILLS_AT, r]), whole(fleet.way[DECODES_AT, r])
+        stretches = runs_to_move(world, request, source, destination, whole(world.work.own[HIT, r]) // size, blocks)
+    fleet.runs[r] = stretches
+    setup = transfer.latency + stretches * transfer.descriptors_per_run * transfer.descriptor_cost
+    if transfer.overlapped_layers > 1:
+        setup *= overlap(world, request, setup)
     if setup > 0.0:
         set_timer(world, request, t + setup, whole(FLOW))
     else:
         flow(world, request, t)
+
+
+@bare
+def overlap(world, request, setup):
+    """The share of a transfer that is left when the prefill ends, since layers move as they are computed.
+
+    As if it had been alone until then: each part of it has gone on as far as the whole, but for the last layer.
+    """
+    fleet, transfer = world.fleet, world.transfer
+    r = unsigned(request)
+    layers = transfer.overlapped_layers
+    slowest = min(transfer.source_bandwidth, transfer.destination_bandwidth, transfer.fabric_bandwidth)
+    alone = setup + fleet.moved[r] / slowest + transposition(world, request)
+    prefill = fleet.instants[PREFILLED_AT, r] - fleet.times[STARTED_AT, r]
+    visible = max(alone / layers, alone - prefill * (layers - 1) / layers)
+    fleet.left[r] = visible / alone if alone > 0.0 else 1.0
+    return fleet.left[r]
+
+
+@inlined
+def transposition(world, request):
+    """Seconds to rearrange what has come."""
+    moved, transfer = world.fleet.moved[unsigned(request)], world.transfer
+    return moved * transfer.transpose_per_byte + transfer.transpose_launch if moved > 0.0 else 0.0
 
 
 @bare
@@ -394,7 +432,7 @@ def flow(world, request, t):
         return
     fabric = whole(fleet.group.size) if transfer.fabric_bandwidth < np.inf else whole(links.NO_LINK)
     source, destination = whole(fleet.way[PREFILLS_AT, r]), whole(fleet.way[DECODES_AT, r])
-    links.begin(fleet.links, t, whole(request), source, destination, fabric, fleet.moved[r])
+    links.begin(fleet.links, t, whole(request), source, destination, fabric, fleet.left[r] * fleet.moved[r])
 
 
 @bare
@@ -402,9 +440,7 @@ def all_flowed(world, request, t):
     """All bytes of a transfer are there: it is noticed now or later."""
     fleet, transfer = world.fleet, world.transfer
     r = unsigned(request)
-    at = t
-    if fleet.moved[r] > 0.0 and transfer.transpose_launch > 0.0:
-        at += fleet.moved[r] * transfer.transpose_per_byte + transfer.transpose_launch
+    at = t + fleet.left[r] * transposition(world, request)
     if transfer.polling > 0.0:
         at = noticed_at(fleet.instants[TRANSFER_AT, r], at, transfer.polling)
     if at > t:
@@ -434,6 +470,8 @@ def unpin(world, request, t):
     fleet = world.fleet
     worker = whole(fleet.way[PREFILLS_AT, unsigned(request)])
     free_all(world, request, worker, whole(world.load.prompt_tokens[unsigned(request)]))
+    if world.transfer.merges:
+        free_places(world, whole(SOURCE), request, worker, whole(0))
     if fleet.counts[unsigned(worker), WAITING] > 0:
         wake(world, worker, t)
     else:
@@ -456,6 +494,10 @@ def prefilled(world, request, worker, t):
     fleet, split, work, load = world.fleet, world.split, world.work, world.load
     r = unsigned(request)
     fleet.instants[PREFILLED_AT, r] = t
+    if world.transfer.merges:
+        memory = memory_of(world.groups[kind_of(world, worker)])
+        blocks = blocks_for(whole(load.prompt_tokens[r]), memory.block_size, memory.shift)
+        take_places(world, whole(SOURCE), request, worker, blocks)
     if split.first_by_prefill:
         work.times[FIRST_AT, r] = work.times[LAST_AT, r] = t
         if load.output_tokens[r] == 1:
@@ -480,6 +522,8 @@ def release(world, request, t):
     worker = whole(world.fleet.way[DECODES_AT, unsigned(request)])
     bring_up(world, worker, t)
     free_all(world, request, worker, whole(world.work.own[HIT, unsigned(request)]))
+    if world.transfer.merges:
+        free_places(world, whole(DESTINATION), request, worker, whole(0))
     look_again(world, worker)
     retry(world, worker, t)
 

@@ -375,6 +375,9 @@ class Transfer(NamedTuple):
     descriptor_cost: float
     descriptors_per_run: int
     bytes_per_token: float
+    merges: bool  # blocks that are neighbours on both sides are one run
+    first_fit: bool  # allocator of both sides; else paged
+    overlapped_layers: int  # 1: all moves once the prefill has ended
     transpose_per_byte: float
     transpose_launch: float
     polling: float
@@ -399,6 +402,12 @@ class Fleet(NamedTuple):
     way: Array  # [row, request] as in `vecsim.kernel.handover`
     instants: Array
     moved: Array  # [request] bytes
+    left: Array  # [request] share of a transfer that is left when the prefill ends
+    runs: Array  # [request] stretches of blocks that it moves
+    allocator: Any  # of places in KV memory, and what follows: of no size where runs aren't merged
+    next_block: Array  # [worker, block] the one after it of the same request
+    chains: Array  # [row, request] as in `vecsim.kernel.places`
+    places: Array  # [side, block]
     timers: Array  # a heap of requests
     between: Array  # numbers of the fleet
     waiting: Array  # [2 x worker] the first and the last that wait for blocks to be reserved

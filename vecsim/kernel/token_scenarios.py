@@ -466,11 +466,10 @@ def split_of(row):
 
 @inner
 def transfer_of(row):
+    n = row[TRANSFER:]
     return Transfer(
-        row[TRANSFER], row[TRANSFER + 1], row[TRANSFER + 2], row[TRANSFER + 3], row[TRANSFER + 4],
-        int(row[TRANSFER + 5]), row[TRANSFER + 6], row[TRANSFER + 7], row[TRANSFER + 8], row[TRANSFER + 9],
-        row[TRANSFER + 10] != 0,
-    )  # fmt: skip
+        n[0], n[1], n[2], n[3], n[4], int(n[5]), n[6], n[7] != 0, n[8] != 0, int(n[9]), n[10], n[11], n[12], n[13] != 0
+    )
 
 
 @inner
@@ -487,7 +486,8 @@ def room_of(fleet, groups, workers):
     return Fleet(
         fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent, fleet.sent_blocks, fleet.sent_new,
         fleet.expected, fleet.survey, fleet.turn, fleet.bound, fleet.clock[: 2 * leaves], fleet.loads, fleet.way,
-        fleet.instants, fleet.moved, fleet.timers, fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times,
+        fleet.instants, fleet.moved, fleet.left, fleet.runs, fleet.allocator, fleet.next_block,
+        fleet.chains, fleet.places, fleet.timers, fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times,
         fleet.owned, fleet.own_blocks, fleet.links, fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts,
         fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of, fleet.chunk_tokens,
         fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late, fleet.starving,
