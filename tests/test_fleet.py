@@ -2,6 +2,7 @@
 
 import csv
 import json
+from math import factorial
 
 import numpy as np
 import pytest
@@ -173,3 +174,30 @@ def test_the_queue_of_a_fleet_is_that_of_all_its_workers_and_all_of_it_is_drawn(
 def test_what_is_no_fleet_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("workers", "load"), [(1, 0.7), (4, 0.8), (16, 0.9)])
+def test_one_queue_for_prefill_is_an_m_m_c(workers, load):
+    service = 1.0  # second, exponential
+    offered = load * workers
+    tokens = np.ceil(-10_000 * np.log1p(-(np.arange(20_000) + 0.5) / 20_000)).astype(int)
+    engine = sim.DisaggregatedEngine(
+        prefill=sim.Pool(
+            workers=workers,
+            max_batch_size=1,
+            step_time=sim.LinearStepTime(base=1e-9, per_prefill_token=service / 10_000),
+            batcher=sim.TokenBudgetBatcher(max_num_batched_tokens=2**20),
+        ),
+        decode=sim.Pool(max_batch_size=1, step_time=sim.LinearStepTime(base=1e-9)),
+        load_generator=sim.PoissonLoadGenerator(
+            request_rate=offered / service, requests=40_000, prompt_tokens=sim.Empirical(values=tokens), output_tokens=1
+        ),
+    )
+    data = sim.sweep(engine, seed=range(8), time_limit=np.inf)
+    times = data.e2e.sel(stat="mean").values
+    # Erlang's C: the share of requests that wait (Kleinrock, Queueing Systems I, section 3.5)
+    last = offered**workers / factorial(workers) / (1 - load)
+    waits = last / (sum(offered**k / factorial(k) for k in range(workers)) + last)
+    expected = service + waits * service / (workers - offered)
+    error = times.std(ddof=1) / np.sqrt(times.size)
+    assert abs(times.mean() - expected) < 3.5 * error + 1e-3

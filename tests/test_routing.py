@@ -87,7 +87,11 @@ def test_a_temperature_gives_the_weights_of_a_softmax():
 @pytest.mark.parametrize("name", ["decode", "prefill"])
 def test_where_prefill_is_apart_each_router_looks_at_its_own_part(name):
     load = sim.PoissonLoadGenerator(
-        request_rate=20.0, requests=400, prompt_tokens=160, output_tokens=20, prefix=sim.SharedPrefix(tokens=128, groups=8)
+        request_rate=20.0,
+        requests=400,
+        prompt_tokens=160,
+        output_tokens=20,
+        prefix=sim.SharedPrefix(tokens=128, groups=8),
     )
     pool = sim.Pool(
         workers=4, max_batch_size=8, step_time=STEP, kv_cache=sim.KVCache(block_size=16, blocks=60, prefix_caching=True)
