@@ -1,14 +1,16 @@
 """Fleets: many engines behind a router, prefill and decode together or apart."""
 
+import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
-from vecsim.declaration import Count, Declaration, Range
+from vecsim.declaration import Count, Declaration, Range, shown
 from vecsim.engine import AnyStepTime, Engine
 from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator
 from vecsim.overheads import Overheads
+from vecsim.roofline import RooflineStepTime
 from vecsim.routing import (
     ROUTERS,
     AnyRouter,
@@ -18,7 +20,7 @@ from vecsim.routing import (
     RoundRobinRouter,
 )
 from vecsim.step_time import TickStepTime
-from vecsim.transfer import KVTransfer
+from vecsim.transfer import KVTransfer, check_same_kv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +62,30 @@ class Pool(Declaration, frozen=True, kw_only=True):
     step_time: AnyStepTime
     kv_cache: KVCache | None = None
     max_model_len: Annotated[int, Range(2, 2**30)] | None = None
+
+    @classmethod
+    def of(cls, engine: Engine, workers: int = 1) -> Self:
+        """Workers like an engine, whose load, overheads and SLO are for the fleet to declare.
+
+        Parameters
+        ----------
+        engine : Engine
+        workers : int
+            How many.
+
+        Returns
+        -------
+        Pool
+
+        Raises
+        ------
+        ValueError
+            When it is no engine in seconds, or there is no worker.
+        """
+        if not isinstance(engine, Engine):
+            raise ValueError(f"engine must be an Engine, got {shown(engine)}")
+        own = {name: getattr(engine, name) for name in cls.__struct_fields__ if name != "workers"}
+        return cls(workers=workers, **own)
 
     def engine(self, load_generator: AnyLoadGenerator, overheads: Overheads, slo: SLO | None) -> Engine:
         """One of the workers as an engine alone."""
@@ -293,8 +319,8 @@ class QueueAndLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
         return float(self.max_local_prefill_length), float(self.max_prefill_queue_size), 0.0
 
 
-class PromptLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
-    """Local if the effective prompt is short, and a small part of the prompt (Dynamo's `isl_bounding`).
+class LengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
+    """What the rules have in common that look at the prompt's length alone.
 
     Parameters
     ----------
@@ -312,11 +338,15 @@ class PromptLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
         return float(self.eff_isl_threshold), math.inf, self.ratio
 
 
+class PromptLengthRule(LengthRule, frozen=True, kw_only=True, tag=True):
+    """Local if the effective prompt is short, and a small part of the prompt (Dynamo's `isl_bounding`)."""
+
+
 class PrefillLoadRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
     """Local if the prefill worker that would be chosen has something to do (Dynamo's `prefill_load`)."""
 
 
-class LengthOrLoadRule(PromptLengthRule, frozen=True, kw_only=True, tag=True):
+class LengthOrLoadRule(LengthRule, frozen=True, kw_only=True, tag=True):
     """Local if either of `PromptLengthRule` and `PrefillLoadRule` says so (Dynamo's `isl_or_load`)."""
 
 
@@ -356,7 +386,8 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
     Raises
     ------
     ValueError
-        When a field has a wrong value, or one that another field rules out.
+        When a field has a wrong value, or one that another field rules out: pools whose models differ in their keys and
+        values, say.
     """
 
     prefill: Pools
@@ -374,6 +405,10 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
             if not listed(getattr(self, name)):
                 raise ValueError(f"{name} must have a worker, got none")
         self._check_pools()
+        for source, destination in itertools.product(listed(self.prefill), listed(self.decode)):
+            sent, read = source.step_time, destination.step_time
+            if isinstance(sent, RooflineStepTime) and isinstance(read, RooflineStepTime):
+                check_same_kv(sent.model, read.model, sent.kv_dtype, read.kv_dtype)
 
     @property
     def pools(self) -> tuple[Pool, ...]:
