@@ -119,7 +119,7 @@ def listed(pools: Pools) -> tuple[Pool, ...]:
     return pools if isinstance(pools, tuple) else (pools,)
 
 
-class Fleet(Declaration, frozen=True, kw_only=True):
+class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
     """What all fleets have in common.
 
     Parameters
@@ -228,7 +228,7 @@ def transfer_numbers(transfer: KVTransfer | None) -> dict[str, float]:
     return {name: float(numbers[name]) for name in Transfer._fields}
 
 
-class Cluster(Fleet, frozen=True, kw_only=True):
+class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
     """Workers behind a router, each of which does prefill and decode.
 
     Metrics are those of all workers together; `max_queue` and `kv_peak` those of the worker with the most.
@@ -361,7 +361,7 @@ AnyLocalPrefill = QueueAndLengthRule | PromptLengthRule | PrefillLoadRule | Leng
 LOCAL_RULES = (QueueAndLengthRule, PromptLengthRule, PrefillLoadRule, LengthOrLoadRule)
 
 
-class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
+class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
     """Workers that compute prompts, and workers that decode: keys and values move from the former to the latter.
 
     Parameters
@@ -447,3 +447,7 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
             **dict(zip(SPLIT_FIELDS, map(float, split), strict=True)),
             **transfer_numbers(self.transfer),
         }
+
+
+# What can be run and swept
+AnyEngine = Engine | Cluster | DisaggregatedEngine

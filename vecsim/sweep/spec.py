@@ -11,9 +11,8 @@ import msgspec
 import numpy as np
 
 from vecsim.declaration import Declaration, checks, from_plain, suggestion, tagged, to_plain
-from vecsim.engine import Engine
-from vecsim.fleet import Cluster, DisaggregatedEngine, Fleet
 from vecsim.fits import Fit
+from vecsim.fleet import AnyEngine
 from vecsim.gpus import GPU
 from vecsim.models import Model
 from vecsim.own import RULE_NAME
@@ -34,7 +33,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
     fit : str, optional
         Name of a fitted set, as in `Fit.names()`: what the engine's step time and overheads don't tell is of it.
     engine : Engine, Cluster or DisaggregatedEngine
-        What is varied. In TOML `type` tells which; an `Engine` unless given.
+        What is varied; its `type` is that of an engine alone unless told.
     time_limit, warmup : float
         As for `vecsim.sweep` [ticks, or seconds in the token model, where infinity is to serve all requests].
     short : float, optional
@@ -47,7 +46,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
 
     description: str = ""
     fit: str | None = None
-    engine: Engine | Fleet
+    engine: AnyEngine
     time_limit: float = 10_000.0
     warmup: float = 0.0
     short: float | None = None
@@ -79,28 +78,6 @@ class Spec(Declaration, frozen=True, kw_only=True):
         return keywords
 
 
-class EngineSpec(Spec, frozen=True, kw_only=True):
-    """The spec of an `Engine`."""
-
-    engine: Engine
-
-
-class ClusterSpec(Spec, frozen=True, kw_only=True):
-    """The spec of a `Cluster`."""
-
-    engine: Cluster
-
-
-class DisaggregatedSpec(Spec, frozen=True, kw_only=True):
-    """The spec of a `DisaggregatedEngine`."""
-
-    engine: DisaggregatedEngine
-
-
-SPECS = {"Engine": EngineSpec, "Cluster": ClusterSpec, "DisaggregatedEngine": DisaggregatedSpec}
-POOLS = ("pool", "prefill", "decode")  # fields of fleets that are pools
-
-
 def ready_made() -> dict[str, Any]:
     """The specs that ship with the package, by name."""
     folder = resources.files("vecsim.sweep") / "specs"
@@ -129,44 +106,28 @@ def read_spec(name: str) -> Spec:
         except (UnicodeDecodeError, OSError) as error:
             raise ValueError(f"{name} can't be read as text: {error}") from None
     try:
-        return spec_of(tomllib.loads(text))
+        return from_plain(_with_fit(tomllib.loads(text)), Spec)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def spec_of(data: dict[str, Any]) -> Spec:
-    """A spec from nested dicts, of the kind that the engine's `type` names.
-
-    Raises
-    ------
-    ValueError
-        When it isn't right: says where.
-    """
-    data, engine = _with_fit(data), data.get("engine")
-    if not isinstance(engine, dict) or "type" not in engine:
-        return from_plain(data, EngineSpec)
-    kind = engine["type"]
-    if kind not in SPECS:
-        raise ValueError(f"engine.type: must be one of {', '.join(SPECS)}, got {kind!r}{suggestion(str(kind), SPECS)}")
-    fields = {key: value for key, value in data["engine"].items() if key != "type"}
-    return from_plain({**data, "engine": fields}, SPECS[kind])
-
-
 def _with_fit(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec in which the fitted set that it names, if it does, stands beside what engine and pools have already."""
-    if "fit" not in spec or not isinstance(spec.get("engine", {}), dict):
+    """A spec in which the fitted set that it names, if it does, stands beside what the engine has already."""
+    if not isinstance(spec.get("engine"), dict):
         return spec
-    fit, engine = Fit.named(spec["fit"]), dict(spec.get("engine", {}))
-    usual = {"type": "RooflineStepTime", **fit.fields()}
+    engine = {"type": "Engine", **spec["engine"]}
+    if "fit" not in spec:
+        return {**spec, "engine": engine}
+    fit = Fit.named(spec["fit"])
+    step_time = {"type": "RooflineStepTime", **fit.fields()}
 
     def fitted(part: Any) -> Any:
-        """An engine or a pool, or several, with step times that are as fitted where they don't say otherwise."""
         if isinstance(part, list):
             return [fitted(one) for one in part]
-        return {**part, "step_time": usual | part.get("step_time", {})} if isinstance(part, dict) else part
+        return {**part, "step_time": step_time | part.get("step_time", {})}
 
-    pools = {name: fitted(engine[name]) for name in POOLS if name in engine}
-    engine = engine | pools if pools else fitted(engine)
+    pools = {name: fitted(engine[name]) for name in ("pool", "prefill", "decode") if name in engine}
+    engine = (engine | pools) if pools else fitted(engine)
     return {**spec, "engine": {**engine, "overheads": to_plain(fit.overheads) | engine.get("overheads", {})}}
 
 
