@@ -70,7 +70,7 @@ def test_one_of_several_pools_is_told_by_its_place():
 def test_an_optional_part_and_a_field_of_it_can_not_both_vary():
     ds = swept(APART, local_prefill=[None, sim.QueueAndLengthRule(), sim.LengthOrLoadRule()])
     assert ds.local_prefill.values.tolist() == ["None", "QueueAndLengthRule", "LengthOrLoadRule"]
-    with pytest.raises(ValueError, match="unknown axis 'transfer.bandwidth'"):
+    with pytest.raises(ValueError, match=r"unknown axis 'transfer\.bandwidth'"):
         swept(APART, transfer=None, **{"transfer.bandwidth": [1e9]})
 
 
@@ -201,7 +201,7 @@ router = ["RandomRouter", "PowerOfTwoRouter"]
 
 def test_a_spec_declares_a_fleet_of_pools_that_differ(tmp_path):
     (tmp_path / "mine.toml").write_text(SPEC)
-    code, out, error = cli(tmp_path, "mine.toml", "--set", "pool.0.workers=1..3")
+    code, _, error = cli(tmp_path, "mine.toml", "--set", "pool.0.workers=1..3")
     assert code == 0, error
     with xr.open_dataset(tmp_path / "mine.nc") as ds:
         assert dict(ds.sizes) == {"router": 2, "pool.0.workers": 3, "stat": 6}

@@ -74,8 +74,8 @@ def lines(
     -------
     matplotlib.figure.Figure
         The first other axis tells the colour, the second the kind of line (the other way round where the second is
-        of axes that vary together), of each at most seven values, spread evenly; a third gives rows, at most four. Of any more axes the first value is drawn. The title says what was
-        left out.
+        of axes that vary together), of each at most seven values, spread evenly; a third gives rows, at most four. Of
+        any more axes the first value is drawn. The title says what was left out.
 
     Raises
     ------

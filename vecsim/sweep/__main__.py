@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "  0.05:0.6:56      56 evenly spaced numbers, both ends included\n"
         "  0..31            whole numbers, both ends included\n"
         "  1,2,4            a list\n"
-        "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields; of a fleet RandomRouter and such\n"
+        "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields; RandomRouter and such\n"
         "  none             nothing, for what is optional: local_prefill=none,QueueAndLengthRule\n"
         "  true, fcfs       what a field takes: prefix_caching=true,false or order=fcfs,shortest_prompt\n"
         "  policies:mine    a batcher's rule of one's own: @numba.njit function `mine` in policies.py\n"
