@@ -77,6 +77,8 @@ from vecsim.transfer import KVTransfer, Link
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPU",
+    "SLO",
     "BatchLoadGenerator",
     "Batcher",
     "Calibration",
@@ -92,7 +94,6 @@ __all__ = [
     "Empirical",
     "Engine",
     "Fit",
-    "GPU",
     "GammaLoadGenerator",
     "IFBatcher",
     "IFBatcherWithOnePrefillOnly",
@@ -131,7 +132,6 @@ __all__ = [
     "Router",
     "Run",
     "SGLangBatcher",
-    "SLO",
     "SessionRouter",
     "Sessions",
     "SharedPrefix",
