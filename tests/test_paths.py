@@ -84,3 +84,21 @@ def test_what_is_not_there_is_refused():
         _ = engine.workers
     with pytest.raises(ValueError, match="ttft_parts are there for a DisaggregatedEngine"):
         _ = sim.Cluster(pool=POOL, load_generator=LOAD).run().ttft_parts
+
+
+def test_pictures_show_transfers_and_parts():
+    one = run(first_token="decode")
+    workers = one.plot().axes[0]
+    lines = workers.collections[-1].get_segments()
+    assert len(lines) == 300
+    np.testing.assert_allclose(
+        lines[7], [[one.requests[at][7] for at in pair] for pair in (
+            ("transfer_began_at", "prefill_worker"), ("transfer_noticed_at", "worker"))]
+    )  # fmt: skip
+    figure = sim.plot.ttft_parts(one, run())
+    assert len(figure.axes) == 2
+    ends = [bar.get_x() + bar.get_width() for bar in figure.axes[0].patches]
+    ttft = np.sort((one.requests.first_token_at - one.requests.arrived_at).values)
+    assert max(ends) == pytest.approx(ttft[-3:].mean())
+    with pytest.raises(ValueError, match="runs must be one or more"):
+        sim.plot.ttft_parts()
