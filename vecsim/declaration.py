@@ -149,6 +149,11 @@ class Declaration(msgspec.Struct, metaclass=Declared, frozen=True, kw_only=True,
             raise ValueError(f"not valid JSON: {error}") from None
         return from_plain(data, cls)
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether several in one field are told by their places, so that an axis can name a field of one of them."""
+        return False
+
     @classmethod
     def standing_for(cls, value: Any) -> Self | None:
         """The declaration that a value of another type stands for; None if it stands for none."""

@@ -101,6 +101,11 @@ class Pool(Declaration, frozen=True, kw_only=True):
         )
 
     @property
+    def is_numbered(self) -> bool:
+        """Pools of one field are told by their places: `pool.0.workers`."""
+        return True
+
+    @property
     def summary(self) -> str:
         """Short text."""
         return f"{self.workers} x ({self.batcher.label()}, {self.max_batch_size} slots)"

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options, with the ready-made specs in the help."""
-    specs = "\n".join(f"  {name:12} {read_spec(name).description}" for name in ready_made())
+    specs = "\n".join(f"  {name:13} {read_spec(name).description}" for name in ready_made())
     result = argparse.ArgumentParser(
         prog="python -m vecsim.sweep",
         description="Simulate every combination of the axes of a spec; print a table, save a Dataset and a picture.",
@@ -47,10 +47,13 @@ def parser() -> argparse.ArgumentParser:
         "  0.05:0.6:56      56 evenly spaced numbers, both ends included\n"
         "  0..31            whole numbers, both ends included\n"
         "  1,2,4            a list\n"
-        "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields\n"
+        "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields; of a fleet RandomRouter and such\n"
         "  true, fcfs       what a field takes: prefix_caching=true,false or order=fcfs,shortest_prompt\n"
         "  policies:mine    a batcher's rule of one's own: @numba.njit function `mine` in policies.py\n"
-        "  3                one value: pins the field\n",
+        "  3                one value: pins the field\n"
+        "names:\n"
+        "  workers          any field, however deep, of which there is but one\n"
+        "  prefill.workers  else its path, of which the last parts do; prefill_workers means the same\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("spec", nargs="?", default=DEFAULT, metavar="SPEC.toml|NAME", help=f"default: {DEFAULT}")
