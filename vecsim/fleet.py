@@ -416,6 +416,11 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
                 check_same_kv(sent.model, read.model, sent.kv_dtype, read.kv_dtype)
 
     @property
+    def prefill_workers(self) -> int:
+        """Workers that prefill only: the first ones."""
+        return sum(pool.workers for pool in listed(self.prefill))
+
+    @property
     def pools(self) -> tuple[Pool, ...]:
         """The pools, those of prefill first."""
         return (*listed(self.prefill), *listed(self.decode))
@@ -435,7 +440,7 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
         rule = self.local_prefill
         length, queue_size, ratio = (0.0, 0.0, 0.0) if rule is None else rule.numbers()
         split = (
-            *(sum(pool.workers for pool in listed(self.prefill)), self.prefill_router is None),
+            *(self.prefill_workers, self.prefill_router is None),
             *(self.reserve == "arrival", self.first_token == "prefill"),
             0 if rule is None else 1 + LOCAL_RULES.index(type(rule)),
             *(length, queue_size, ratio, 1.0 if rule is None else rule.decode_busy_threshold),

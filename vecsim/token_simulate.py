@@ -26,6 +26,7 @@ from vecsim.kernel.state import (
 )
 from vecsim.lengths import MOST_TOKENS
 from vecsim.load import OUTPUT, PROMPT, TURNS
+from vecsim.paths import Path, path_of
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_rule
 from vecsim.series import total_over_time
 from vecsim.streams import draw_streams, values_of
@@ -40,6 +41,7 @@ class TokenRun(NamedTuple):
 
     requests: int
     steps: StepRecord
+    path: Path | None  # of a fleet that keeps prefill apart
 
 
 def run_token_block(
@@ -67,6 +69,7 @@ def run_token_block(
     """
     from vecsim.kernel.custom import token_kernel
     from vecsim.kernel.token_record import write_token_record
+    from vecsim.kernel.token_state import STATE, UNSEEN
     from vecsim.token_scenarios import NO_RULES
 
     shared = table.token
@@ -123,7 +126,8 @@ def run_token_block(
             made = trimmed(own.record, own.room[1])
             if keeps_requests:
                 kept = write_token_record(row, requests, job(), results.record)
-                latest["run"] = TokenRun(kept, made)
+                fleet, came = own.room[2], own.room[1].own[STATE, :requests] != UNSEEN
+                latest["run"] = TokenRun(kept, made, path_of(fleet, came) if room.moves else None)
             if keeps_queue:
                 results.queue[row] = queue_at(measured.instants, made)
 

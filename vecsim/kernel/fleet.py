@@ -260,6 +260,7 @@ def simulate_fleet(world):
     static_due = due_at(load, 0, static)
     dynamic_due = moving_due = np.inf
     events = 0
+    now = 0.0
     while between[TROUBLE] == DONE:
         events += 1
         if events & (WATCH - 1) == 0 and world.stop[0]:
@@ -271,6 +272,7 @@ def simulate_fleet(world):
         t = min(moving_due, due, fleet.clock[1])
         if t >= time_limit or t == np.inf:
             break
+        now = t
         issued = True
         if moving_due == t:
             move_on(world, t)
@@ -305,6 +307,8 @@ def simulate_fleet(world):
     if apart:
         join(world)
     gather(world, status)
+    if apart:
+        links.settle(fleet.links, max(work.sums[END_TIME], now))
     return status
 
 
