@@ -285,7 +285,7 @@ def _resolve(engine: Declaration, given: Mapping[str, Any]) -> dict[str, tuple[s
             raise ValueError(f"axis {name!r} names {path}, which another axis names too")
         values = _checked(path, given[name][1], specimens.values())
         resolved[name] = path, values
-        if _is_component(values):
+        if _decides_fields(values):
             made = [replace(old, path, value) for old in specimens.values() for value in values.flat]
             specimens = {_shape(specimen): specimen for specimen in made}
     return resolved
@@ -296,7 +296,7 @@ def _outermost_first(engine: Declaration, given: Mapping[str, Any]) -> list[str]
 
     def depth(name: str) -> tuple[bool, int]:
         found = meant(name, [path for path, _ in fields(engine)])
-        return not _is_component(given[name][1]), min((path.count(".") for path in found), default=99)
+        return not _decides_fields(given[name][1]), min((path.count(".") for path in found), default=99)
 
     return sorted(given, key=depth)
 
@@ -347,6 +347,11 @@ def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
     if values.size == 0:
         raise ValueError(f"axis {name!r} must have at least one value, got none")
     return dims, values, array
+
+
+def _decides_fields(values: Array) -> bool:
+    """Whether which fields there are may depend on an axis: of components, or of none."""
+    return _is_component(values) or (values.dtype == object and any(value is None for value in values.flat))
 
 
 def _is_component(values: Array) -> bool:

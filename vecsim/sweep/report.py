@@ -116,7 +116,8 @@ def slots_of(dataset: "xr.Dataset") -> Any:
     pools = {name: declared[name] for name in ("pool", "prefill", "decode") if name in declared}
 
     def given(field: str, pool: str, value: Any) -> Any:
-        coord = next((name for name in (f"{pool}.{field}", field) if name in dataset.coords), None)
+        names = (f"{pool}.{field}", f"{pool}_{field}", field)
+        coord = next((name for name in names if name in dataset.coords), None)
         return value if coord is None else median(dataset[coord])
 
     if not pools:

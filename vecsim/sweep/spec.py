@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, checks, from_plain, suggestion, tagged, to_plain
+from vecsim.declaration import NONE, Declaration, below, checks, from_plain, suggestion, tagged, to_plain
 from vecsim.fits import Fit
 from vecsim.fleet import AnyEngine
 from vecsim.gpus import GPU
@@ -224,9 +224,9 @@ def parse_value(text: str) -> Any:
 @functools.cache
 def words() -> frozenset[str]:
     """All words that a field of some declaration may be, such as `fcfs`, names of models and GPUs among them."""
-    kinds = [kind for declaration in tagged().values() for _, kinds, _ in checks(declaration) for kind in kinds]
+    kinds = [kind for declaration in below(Declaration) for _, kinds, _ in checks(declaration) for kind in kinds]
     literals = (word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
-    return frozenset((*literals, *Model.names(), *GPU.names()))
+    return frozenset((*literals, *Model.names(), *GPU.names(), NONE))
 
 
 def _declaration(name: str | None) -> Any:
