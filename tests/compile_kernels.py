@@ -16,6 +16,11 @@ def ticks():
     engine.run(10).requests  # noqa: B018
     for keep in ("requests", "queue"):
         sim.sweep(engine, 10, keep=keep, progress=False, batcher=policies.in_flight)
+    apart = sim.TickDisaggregatedEngine(
+        max_prefill_workers=1, max_decode_workers=1, load_generator=engine.load_generator
+    )
+    for keep in ("requests", "queue"):
+        sim.sweep(apart, 10, keep=keep, progress=False)
     address_of(simulate_fleet, (WORLD,), COUNT)  # calls what the other process compiles
 
 

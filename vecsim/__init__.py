@@ -26,6 +26,7 @@ from vecsim.fleet import (
     PrefillLoadRule,
     PromptLengthRule,
     QueueAndLengthRule,
+    TickDisaggregatedEngine,
 )
 from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
@@ -139,6 +140,7 @@ __all__ = [
     "StepTime",
     "TableStepTime",
     "TableTerm",
+    "TickDisaggregatedEngine",
     "TickStepTime",
     "TokenBudgetBatcher",
     "TraceLoadGenerator",

@@ -11,6 +11,7 @@ from vecsim.declaration import Declaration, Range, check, checks, shown, suggest
 from vecsim.kernel.state import Array
 from vecsim.memory import require_results
 from vecsim.variables import (
+    APART_REQUEST_VARIABLES,
     CLASS_VARIABLES,
     FLEET_REQUEST_VARIABLES,
     REQUEST_VARIABLES,
@@ -31,6 +32,7 @@ TAKEN = {
             CLASS_VARIABLES,
             TOKEN_REQUEST_VARIABLES,
             FLEET_REQUEST_VARIABLES,
+            APART_REQUEST_VARIABLES,
         )
         for variable in variables
     ),

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
 from vecsim.declaration import Count, Declaration, Range, shown
@@ -205,7 +205,7 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
         """Simulate once and keep every request and step; see `Engine.run`."""
         from vecsim.run import run
 
-        return run(self, time_limit, warmup=warmup, quantiles=quantiles)
+        return run(cast(AnyEngine, self), time_limit, warmup=warmup, quantiles=quantiles)
 
 
 def router_numbers(router: AnyRouter, place: Literal["all", "prefill", "decode"]) -> dict[str, float]:
@@ -454,5 +454,75 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
         }
 
 
+class TickDisaggregatedEngine(Declaration, frozen=True, kw_only=True, tag=True):
+    """Workers that prefill and workers that decode, in ticks; each holds one request at a time.
+
+    Requests wait in one queue for a prefill worker, and from their first token on in another for a decode worker, both
+    first come, first served. A prefill takes `total_prefill_chunks` steps of prefill_time / total_prefill_chunks, the
+    last of which yields the first token; each further token takes a step of `itl`; no step is shorter than a tick. Each
+    worker has its own clock: an idle one looks for a request once a tick, the one with the lowest number first. Prefill
+    workers notice arrivals, at any of their boundaries; `enqueued_at` is the first one.
+
+    Metrics are those of an `Engine`, with these differences: the queue is of both kinds of requests that wait, its mean
+    is weighted by time, and `queue_time` is the wait for prefill alone; `utilization` is that of all workers; `steps`
+    are those with a request, and `end_time` is when the last worker's step ends that was under way at the time limit.
+
+    Parameters
+    ----------
+    max_prefill_workers, max_decode_workers : int
+        How many.
+    load_generator : LoadGenerator
+        When requests arrive, how long they are and how long their steps take.
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value, or the load is one of the token model.
+    """
+
+    max_prefill_workers: Workers
+    max_decode_workers: Workers
+    load_generator: AnyLoadGenerator
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.load_generator.refuse_clock(token=False)
+
+    @property
+    def max_batch_size(self) -> int:
+        """Requests that are served at the same time: the workers of both kinds."""
+        return self.max_prefill_workers + self.max_decode_workers
+
+    @property
+    def kv_blocks(self) -> int | None:
+        """Blocks of KV memory; it is endless."""
+        return None
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether prompts find what others left in KV memory."""
+        return False
+
+    @property
+    def summary(self) -> str:
+        """Short text: what serves."""
+        return f"{self.max_prefill_workers} prefill and {self.max_decode_workers} decode workers"
+
+    @property
+    def is_token(self) -> bool:
+        """Whether this is the token model."""
+        return False
+
+    def run(self, time_limit: float, *, warmup: float = 0.0, quantiles: "Sequence[float] | None" = None) -> "Run":
+        """Simulate once and keep every request.
+
+        Requests have a `decode_started_at` and a `decode_worker` too; their `slot` is the prefill worker. Workers don't
+        step together, so `steps` of the run are the times between changes. See `Engine.run`.
+        """
+        from vecsim.run import run
+
+        return run(self, time_limit, warmup=warmup, quantiles=quantiles)
+
+
 # What can be run and swept
-AnyEngine = Engine | Cluster | DisaggregatedEngine
+AnyEngine = Engine | Cluster | DisaggregatedEngine | TickDisaggregatedEngine

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.axes import plan
-from vecsim.engine import Engine
-from vecsim.fleet import Fleet
+from vecsim.fleet import AnyEngine
 from vecsim.measure import check_limit
 from vecsim.scenarios import lower
 from vecsim.sweep import sweep
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def queue_growth(
-    engine: Engine | Fleet,
+    engine: AnyEngine,
     short: float = 100,
     long: float = 10_000,
     *,
@@ -33,7 +32,7 @@ def queue_growth(
 
     Parameters
     ----------
-    engine : Engine, Cluster or DisaggregatedEngine
+    engine : Engine, Cluster, DisaggregatedEngine or TickDisaggregatedEngine
         What is simulated.
     short, long : float
         The two time limits [ticks, or seconds in the token model].
@@ -55,7 +54,7 @@ def queue_growth(
     """
     import xarray as xr
 
-    if not isinstance(engine, Engine | Fleet):
+    if not isinstance(engine, AnyEngine):
         raise ValueError(f"engine must be an Engine or a fleet, got {engine!r}")
     short, long = check_limit("short", short), check_limit("long", long)
     if not long > short:

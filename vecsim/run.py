@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.axes import Plan
-from vecsim.engine import Engine
-from vecsim.fleet import DisaggregatedEngine, Fleet
+from vecsim.fleet import AnyEngine, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
+from vecsim.kernel.state import ApartScratch, Outcome, Scratch
 from vecsim.measure import check_quantiles, check_times
 from vecsim.paths import PATH_VARIABLES, links_dataset, ttft_parts, workers_dataset
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.sweep.report import has_slo
-from vecsim.variables import FLEET_STEP_VARIABLES, STEP_VARIABLES, TOKEN_STEP_VARIABLES, stat_labels
+from vecsim.variables import (
+    APART_REQUEST_VARIABLES,
+    APART_STEP_VARIABLES,
+    FLEET_STEP_VARIABLES,
+    STEP_VARIABLES,
+    TOKEN_STEP_VARIABLES,
+    stat_labels,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,7 +34,7 @@ class Run:
 
     Attributes
     ----------
-    engine : Engine, Cluster or DisaggregatedEngine
+    engine : Engine, Cluster, DisaggregatedEngine or TickDisaggregatedEngine
         What was run.
     time_limit, warmup : float
         As given [ticks].
@@ -46,7 +53,7 @@ class Run:
 
     def __init__(
         self,
-        engine: Engine | Fleet,
+        engine: AnyEngine,
         time_limit: float,
         warmup: float,
         quantiles: tuple[float, ...],
@@ -76,6 +83,13 @@ class Run:
                 for variable in PATH_VARIABLES
             }
         size = self._single.record.arrived_at.shape[1]
+        if isinstance(self.engine, TickDisaggregatedEngine):
+            scratch = self._single.scratch
+            assert isinstance(scratch, ApartScratch)
+            begun = scratch.decode_started_at[:size]
+            values = np.where(begun < np.inf, begun, np.nan), scratch.decode_worker[:size]
+            for variable, array in zip(APART_REQUEST_VARIABLES, values, strict=True):
+                variables[variable.name] = describe(variable, ("request",), array)
         return xr.Dataset(
             variables,
             {"request": np.arange(size)},
@@ -139,6 +153,8 @@ class Run:
 
         if self.engine.is_token:
             variables, steps = self._token_steps()
+        elif isinstance(self.engine, TickDisaggregatedEngine):
+            variables, steps = self._apart_steps()
         else:
             variables, steps = self._tick_steps()
         return xr.Dataset(
@@ -162,8 +178,8 @@ class Run:
     def _tick_steps(self) -> tuple[dict[str, Any], int]:
         """(variables of the steps, how many there are) in the tick model."""
         outcome, scratch = self._single.outcome, self._single.scratch
-        assert outcome is not None
-        assert scratch is not None
+        assert isinstance(outcome, Outcome)
+        assert isinstance(scratch, Scratch)
         steps = outcome.steps
         started = scratch.started_step[: outcome.started]
         first = started + self.engine.load_generator.total_prefill_chunks
@@ -184,6 +200,33 @@ class Run:
         }
         variables = {variable.name: describe(variable, ("step",), values[variable.name]) for variable in STEP_VARIABLES}
         return variables, steps
+
+    def _apart_steps(self) -> tuple[dict[str, Any], int]:
+        """(times between changes of a disaggregated engine in ticks, how many there are)."""
+        requests = self.requests
+        names = ("enqueued_at", "started_at", "first_token_at", "decode_started_at", "completed_at")
+        enqueued, started, first, begun, left = (np.nan_to_num(requests[name].values, nan=np.inf) for name in names)
+        decodes = requests.output_tokens.values > 1
+        both = np.concatenate([[0.0], enqueued, started, first, begun, left])
+        time = np.unique(both[both < np.inf])
+
+        def count(entered: np.ndarray, left: np.ndarray) -> np.ndarray:
+            """How many are in a state from each instant on, from the instants at which they enter and leave it."""
+            return np.searchsorted(np.sort(entered), time, "right") - np.searchsorted(np.sort(left), time, "right")
+
+        waiting = count(first[decodes], begun[decodes])
+        values = {
+            "time": time,
+            "duration": np.diff(time, append=float(self.metrics.end_time)),
+            "queue_size": count(enqueued, started) + waiting,
+            "prefilling": count(started, first),
+            "decoding": count(begun[decodes], left[decodes]),
+            "decode_queue_size": waiting,
+        }
+        return {
+            variable.name: describe(variable, ("step",), values[variable.name])
+            for variable in (*STEP_VARIABLES, *APART_STEP_VARIABLES)
+        }, time.size
 
     def plot(self, *, interactive: bool = False) -> Any:
         """Draw the run over time; see `vecsim.plot.run`.
@@ -304,7 +347,7 @@ class Run:
 
 
 def run(
-    engine: Engine | Fleet,
+    engine: AnyEngine,
     time_limit: float | None = None,
     *,
     warmup: float = 0.0,

@@ -10,7 +10,7 @@ import numpy as np
 from vecsim.axes import Plan, replace_all
 from vecsim.batching import BATCHERS, CustomBatcher, IFBatcherWithOnePrefillOnly
 from vecsim.engine import Engine
-from vecsim.fleet import Fleet
+from vecsim.fleet import Fleet, TickDisaggregatedEngine
 from vecsim.kernel.state import (
     EXPONENTIAL_DRAWS,
     GAMMA_DRAWS,
@@ -36,6 +36,8 @@ from vecsim.token_scenarios import (
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
 COLUMNS = {
     "max_batch_size": "max_batch_size",
+    "max_prefill_workers": "max_batch_size",
+    "max_decode_workers": "decode_workers",
     "batcher.parameter": "parameter",
     "load_generator.prefill_time": "prefill_time",
     "load_generator.itl": "itl",
@@ -46,7 +48,10 @@ COLUMNS = {
     "load_generator.initial_batch": "requests",
     "load_generator.target_concurrency": "requests",
 }
-INTEGERS = ("batcher", "max_batch_size", "total_prefill_chunks", "arrivals", "requests", "seed", "offset", "functions")
+INTEGERS = (
+    *("batcher", "max_batch_size", "decode_workers", "total_prefill_chunks", "arrivals", "requests", "seed", "offset"),
+    "functions",
+)
 
 # The drawn streams of a block stay within this, unless one alone is larger.
 BLOCK_BYTES = 64 * 2**20
@@ -198,20 +203,29 @@ def stream_columns(k: int, stream: Stream, tables: dict[Any, int]) -> dict[str, 
     return {f"{name}{k}": value for name, value in own.items()}
 
 
-def parameters(engine: Engine, tables: dict[Any, int], rules: dict[Any, int]) -> dict[str, Any]:
+def parameters(
+    engine: Engine | TickDisaggregatedEngine, tables: dict[Any, int], rules: dict[Any, int]
+) -> dict[str, Any]:
     """One row of the table.
 
     Empirical lengths are appended to `tables` (values -> place of the first), the user's own rules to `rules`.
     """
-    load, batcher = engine.load_generator, engine.batcher
+    load = engine.load_generator
+    batcher = engine.batcher if isinstance(engine, Engine) else None
+    number, parameter, decode_workers = 0, 0.0, 0
+    if isinstance(engine, TickDisaggregatedEngine):
+        slots, decode_workers = engine.max_prefill_workers, engine.max_decode_workers
+    else:
+        slots = engine.max_batch_size
     if isinstance(batcher, CustomBatcher):
         number, parameter = len(BATCHERS) + rules.setdefault(batcher.rule, len(rules)), batcher.parameter
-    else:
-        number, parameter = BATCHERS.index(type(batcher)), 0.0
+    elif batcher is not None:
+        number = BATCHERS.index(type(batcher))
     return {
         "batcher": number,
         "parameter": parameter,
-        "max_batch_size": engine.max_batch_size,
+        "max_batch_size": slots,
+        "decode_workers": decode_workers,
         "prefill_time": load.prefill_time,
         "itl": load.itl,
         "total_prefill_chunks": load.total_prefill_chunks,
@@ -279,6 +293,10 @@ def requests_needed(table: Table, more: float) -> Array:
     one_at_a_time = (time_limit + 1.0) / columns["total_prefill_chunks"] + 1.0
     one_prefill = columns["batcher"] == BATCHERS.index(IFBatcherWithOnePrefillOnly)
     served = np.where(one_prefill, np.minimum(served, one_at_a_time), served)
+    # Of a disaggregated engine, as many as either pool can serve
+    decodes = columns["decode_workers"] * (time_limit + 1.0) / np.maximum(columns["mean0"] - 1.0, 1e-9)
+    apart = 1.1 * np.minimum(decodes, slots * one_at_a_time)
+    served = np.where(columns["decode_workers"] > 0, apart, served)
     closed = (served + 8.0 * np.sqrt(served) + slots + 64.0) * more + requests
     return np.where(arrivals == CLOSED, closed, np.where(arrivals == AT_ONCE, requests, due))
 

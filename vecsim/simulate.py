@@ -12,6 +12,8 @@ from vecsim.kernel.state import (
     INTERRUPTED,
     OUT_OF_STEPS,
     REFUSED,
+    ApartOutcome,
+    ApartScratch,
     Array,
     Job,
     Outcome,
@@ -29,7 +31,7 @@ from vecsim.variables import row_width
 
 NOTHING = np.empty(0)
 
-BYTES_PER_REQUEST = 70  # of a thread's scratch
+BYTES_PER_REQUEST = 120  # of a thread's scratch
 BYTES_PER_RECORD = 140  # of a run's record, and of what it is made with
 BYTES_PER_STEP = 24
 
@@ -86,8 +88,8 @@ class Single(NamedTuple):
 
     metrics: Array  # [metric]
     record: Any  # `Record` or `TokenRecord` [1, request]
-    outcome: Outcome | None  # of the tick model
-    scratch: Scratch | None
+    outcome: Outcome | ApartOutcome | None  # of the tick model
+    scratch: Scratch | ApartScratch | None
     steps: StepRecord | None  # of the token model
     path: Path | None = None  # of a fleet that keeps prefill apart
 
@@ -207,22 +209,24 @@ def _run_block(
     results: Results,
     workers: Workers,
     progress: Callable[[int], Any] = lambda done: None,
-) -> tuple[Array, Outcome | None, Scratch]:
+) -> tuple[Array, Outcome | ApartOutcome | None, Scratch | ApartScratch]:
     """Draw a block's streams and run its scenarios.
 
     Returns the status of each, and, if requests are recorded, outcome and scratch of one that was run last.
     """
-    from vecsim.kernel.scenarios import run_scenarios
-
+    apart = bool(block.scenarios.decode_workers[0] > 0)
+    run_scenarios = _kernel(apart)
     lengths, arrivals = draw_streams(table, block, NOTHING, workers)
     size = block.rows.size
     status = np.full(size, INTERRUPTED, np.int64)
     own = threading.local()
     latest: dict[str, Any] = {"outcome": None}
 
-    def scratch() -> Scratch:
+    def scratch() -> Any:
         if not hasattr(own, "scratch"):
-            own.scratch = latest["scratch"] = _new_scratch(block, table.time_limit, int(lengths.longest.max()))
+            longest = int(lengths.longest.max())
+            made = _new_apart_scratch(block) if apart else _new_scratch(block, table.time_limit, longest)
+            own.scratch = latest["scratch"] = made
         return own.scratch
 
     def job() -> Job:
@@ -240,20 +244,16 @@ def _run_block(
             workers.stop,
         )
 
-    def run_some(first: int, last: int) -> Outcome:
+    def run_some(first: int, last: int) -> Outcome | ApartOutcome:
         for rule, begin, end in same_rule(block.own, first, last):
             outcome = kernels[rule](begin, end, job())
         return outcome
 
     def run_and_record(first: int, last: int) -> None:
-        from vecsim.kernel.record import write_queue, write_record
-
         for row in range(first, last):
             outcome = latest["outcome"] = run_some(row, row + 1)
-            if status[row] == DONE and keeps_requests:
-                write_record(row, block.scenarios, lengths, scratch(), outcome, results.record)
-            if status[row] == DONE and keeps_queue:
-                write_queue(row, measured.instants, scratch(), outcome, results.queue)
+            if status[row] == DONE:
+                _keep(row, block, lengths, measured.instants, scratch(), outcome, results)
 
     own_kernels = [_own_kernel(rule, job()) for rule in table.rules]
     kernels = [*own_kernels, run_scenarios]  # -1 is the last
@@ -263,6 +263,36 @@ def _run_block(
     # A user's own rule may take any time: always on threads, where it can be interrupted.
     workers.share(run, size, max(cost, INLINE) if table.rules else cost, progress)
     return status, latest["outcome"], latest["scratch"]
+
+
+def _kernel(apart: bool) -> Any:
+    """What runs scenarios of engines, or of disaggregated ones."""
+    if apart:
+        from vecsim.kernel.tick_disaggregated import run_disaggregated
+
+        return run_disaggregated
+    from vecsim.kernel.scenarios import run_scenarios
+
+    return run_scenarios
+
+
+def _keep(row: int, block: Block, lengths: Any, instants: Array, scratch: Any, outcome: Any, results: Results) -> None:
+    """Write what is kept, besides metrics, of the scenario that was run last."""
+    keeps_requests, keeps_queue = results.record.slot.shape[1] > 0, instants.size > 0
+    if isinstance(outcome, Outcome):
+        from vecsim.kernel.record import write_queue, write_record
+
+        if keeps_requests:
+            write_record(row, block.scenarios, lengths, scratch, outcome, results.record)
+        if keeps_queue:
+            write_queue(row, instants, scratch, outcome, results.queue)
+        return
+    from vecsim.kernel.tick_disaggregated import write_apart_queue, write_apart_record
+
+    if keeps_requests:
+        write_apart_record(row, block.scenarios, lengths, scratch, outcome, results.record)
+    if keeps_queue:
+        write_apart_queue(row, instants, block.scenarios, lengths, scratch, outcome, results.queue)
 
 
 def _own_kernel(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome]:
@@ -304,6 +334,38 @@ def _new_scratch(block: Block, time_limit: float, longest: int) -> Scratch:
         calendar=np.empty(max(8, 1 << farthest.bit_length()), np.int64),
         prefill_sum=np.empty(slots + 1),
         itl_samples=np.empty(slots + 1, np.int64),
+        values=np.empty((LATENCIES, requests)),
+        kept=np.empty(requests + 1),
+        bins=np.empty(requests, np.uint16),
+        bin_counts=np.empty(BINS, np.int32),
+        bin_places=np.empty(BINS, np.int32),
+    )
+
+
+def _new_apart_scratch(block: Block) -> ApartScratch:
+    """What a thread needs for the largest scenario of a block of disaggregated engines."""
+    from vecsim.kernel.quantiles import BINS
+    from vecsim.kernel.tally import LATENCIES
+
+    requests = block.most_requests + 1
+    scenarios = block.scenarios
+    prefill, decode = int(scenarios.max_batch_size.max()), int(scenarios.decode_workers.max())
+    return ApartScratch(
+        arrived_at=np.empty(requests),
+        enqueued_at=np.empty(requests),
+        started_at=np.empty(requests),
+        first_token_at=np.empty(requests),
+        decode_started_at=np.empty(requests),
+        left_at=np.empty(requests),
+        tokens=np.empty(requests, np.int32),
+        prefill_worker=np.empty(requests, np.int32),
+        decode_worker=np.empty(requests, np.int32),
+        ends=np.empty(requests),
+        prefill_heap=np.empty(prefill, np.int32),
+        decode_heap=np.empty(decode, np.int32),
+        prefill_clock=np.empty(prefill),
+        decode_clock=np.empty(decode),
+        busy_until=np.empty(prefill),
         values=np.empty((LATENCIES, requests)),
         kept=np.empty(requests + 1),
         bins=np.empty(requests, np.uint16),

@@ -249,6 +249,22 @@ def stat_labels(quantiles: tuple[float, ...]) -> list[str]:
     return ["mean", *(f"p{100 * q:.10g}" for q in quantiles), "max"]
 
 
+# Of a disaggregated engine of the tick model, beside the others
+APART_REQUEST_VARIABLES = (
+    Variable("decode_started_at", "begin of decode", "ticks", "boundary at which a decode worker took the request"),
+    Variable("decode_worker", "decode worker", "", "number of the worker that decodes it; -1 if none did", whole=True),
+)
+
+APART_STEP_VARIABLES = (
+    Variable(
+        "decode_queue_size",
+        "decode queue size",
+        "requests",
+        "those of the queue that wait for a decode worker",
+        whole=True,
+    ),
+)
+
 FLEET_REQUEST_VARIABLES = (
     Variable("worker", "worker", "", "number of the worker that the request was sent to; -1: none", whole=True),
 )

@@ -48,7 +48,8 @@ class Scenarios(NamedTuple):
 
     batcher: Array  # place in `vecsim.batching.BATCHERS`; past their end in the table's own rules
     parameter: Array  # the batcher's own number
-    max_batch_size: Array
+    max_batch_size: Array  # of a disaggregated engine, its prefill workers
+    decode_workers: Array  # of a disaggregated engine; 0 in an engine
     prefill_time: Array  # ticks
     itl: Array  # ticks
     total_prefill_chunks: Array
@@ -115,6 +116,31 @@ class Scratch(NamedTuple):
     bin_places: Array  # [bin]
 
 
+class ApartScratch(NamedTuple):
+    """What one thread works in, of a disaggregated engine of the tick model; an instant is infinite where it's none."""
+
+    arrived_at: Array  # [request + 1]
+    enqueued_at: Array  # [request]
+    started_at: Array
+    first_token_at: Array
+    decode_started_at: Array
+    left_at: Array
+    tokens: Array  # [request] until the end of the run
+    prefill_worker: Array
+    decode_worker: Array
+    ends: Array  # a heap: when the requests of a closed loop end
+    prefill_heap: Array  # workers by their clocks
+    decode_heap: Array
+    prefill_clock: Array  # [worker] its next boundary that matters
+    decode_clock: Array
+    busy_until: Array  # [prefill worker]
+    values: Array  # and what follows as in `Scratch`
+    kept: Array
+    bins: Array
+    bin_counts: Array
+    bin_places: Array
+
+
 class Record(NamedTuple):
     """Per-request results that are kept [scenario, request]; NaN (or -1) where it never happened."""
 
@@ -136,7 +162,7 @@ class Job(NamedTuple):
     time_limit: float
     warmup: float
     quantiles: Array
-    scratch: Scratch
+    scratch: Any  # `Scratch` or `ApartScratch`
     metrics: Array  # [scenario, metric] in the order of `vecsim.variables.TICK_VARIABLES`
     enqueued: Array  # [scenario] requests that entered the queue
     status: Array  # [scenario] `DONE`, or why there is no result
@@ -154,6 +180,17 @@ class Outcome(NamedTuple):
     admitted: int  # what the batcher's rule returned last
     most_prefilling: int
     max_queue: int
+    end_time: float
+
+
+class ApartOutcome(NamedTuple):
+    """How a scenario of a disaggregated engine of the tick model ended."""
+
+    status: int
+    steps: int  # with a request, that began at the end of the warm-up or later
+    itl_samples: int
+    enqueued: int
+    started: int
     end_time: float
 
 

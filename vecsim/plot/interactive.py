@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vecsim.fleet import TickDisaggregatedEngine
 from vecsim.kernel.state import Array
 from vecsim.plot import tokens
-from vecsim.plot.runs import by_slot, timeline
+from vecsim.plot.runs import by_slot, place_name, timeline
 from vecsim.plot.style import DECODE, E2E, EMPTY, PREFILL, TTFT, heading
 
 if TYPE_CHECKING:
@@ -55,11 +56,14 @@ def cells(run: "Run") -> Cells:
     enqueued_at, first_token_at = (np.append(x, 0.0)[place] for x in (times.enqueued_at, times.first_token_at))
     decoding = busy & (first_token_at <= at)
     first_step = np.searchsorted(boundaries, first_token_at)
+    tokens_there = step - first_step + 1
+    if isinstance(run.engine, TickDisaggregatedEngine):  # whose steps are the times between changes
+        tokens_there = ((at - first_token_at) / max(run.engine.load_generator.itl, 1.0)).astype(int) + 1
     return Cells(
         edges=edges,
         phase=np.where(decoding, 2, busy.astype(int)),
         request=request,
-        token=np.where(decoding, step - first_step + 1, 0),
+        token=np.where(decoding, tokens_there, 0),
         latency=np.where(busy, at - enqueued_at, 0.0),
         queue=np.broadcast_to(run.steps.queue_size.values[step], place.shape),
         at=np.broadcast_to(at, place.shape),
@@ -87,6 +91,7 @@ def draw(run: "Run") -> Any:
     go, make_subplots = plotly()
     shown = cells(run)
     slots = np.arange(run.engine.max_batch_size)
+    place = place_name(run)
     figure = make_subplots(3, 1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[0.56, 0.18, 0.26])
     busy = shown.phase > 0
     # Two layers, for an empty slot has less to tell.
@@ -94,7 +99,9 @@ def draw(run: "Run") -> Any:
         z=np.where(busy, np.nan, 0.0).astype(np.float32),
         customdata=np.stack([shown.queue, shown.at], -1).astype(np.float32),
         colorscale=[[0, EMPTY], [1, EMPTY]],
-        hovertemplate="%{customdata[1]:.2f} ticks<br>slot %{y}: empty<br>queue %{customdata[0]}<extra></extra>",
+        hovertemplate="%{customdata[1]:.2f} ticks<br>"
+        + place
+        + " %{y}: empty<br>queue %{customdata[0]}<extra></extra>",
     )
     busy_cells = go.Heatmap(
         z=np.where(busy, shown.phase, np.nan).astype(np.float32),
@@ -103,7 +110,7 @@ def draw(run: "Run") -> Any:
         zmin=1,
         zmax=2,
         colorscale=[[0, PREFILL], [0.5, PREFILL], [0.5, DECODE], [1, DECODE]],
-        hovertemplate="%{customdata[4]:.2f} ticks<br>slot %{y}: request %{customdata[0]}<br>"
+        hovertemplate=f"%{{customdata[4]:.2f}} ticks<br>{place} %{{y}}: request %{{customdata[0]}}<br>"
         "%{text}, token %{customdata[1]}<br>latency so far %{customdata[2]:.2f} ticks<br>"
         "queue %{customdata[3]}<extra></extra>",
     )
@@ -122,7 +129,7 @@ def draw(run: "Run") -> Any:
         1,
     )
     add_latencies(figure, run, 3)
-    figure.update_yaxes(title_text="slot", autorange="reversed", row=1, col=1)
+    figure.update_yaxes(title_text=place, autorange="reversed", row=1, col=1)
     figure.update_yaxes(title_text="queue [requests]", rangemode="tozero", row=2, col=1)
     finish(figure, run, 3)
     return figure

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vecsim.axes import differing_fields
+from vecsim.fleet import TickDisaggregatedEngine
 from vecsim.kernel.state import Array
 from vecsim.plot.style import (
     COLOURS,
@@ -38,7 +39,10 @@ MOST_MARKS = 20_000  # of a kind; above, they are drawn as pixels
 
 
 class Timeline(NamedTuple):
-    """When each started request was in which phase, in the order of their start [request], ticks."""
+    """When each started request was in which phase, in the order of their start [request], ticks.
+
+    Of a disaggregated engine first all prefills, whose slots are those workers, then all decodes, in slots after these.
+    """
 
     request: Array
     slot: Array
@@ -53,6 +57,8 @@ def timeline(run: "Run") -> Timeline:
     requests = run.requests
     started = np.flatnonzero(requests.slot.values >= 0)
     end = float(run.metrics.end_time)
+    if isinstance(run.engine, TickDisaggregatedEngine):
+        return two_phases(run, started, end, run.engine.max_prefill_workers)
     first_token_at, completed_at = (
         np.nan_to_num(requests[name].values[started], nan=end) for name in ("first_token_at", "completed_at")
     )
@@ -63,6 +69,25 @@ def timeline(run: "Run") -> Timeline:
         started_at=requests.started_at.values[started],
         first_token_at=first_token_at,
         left_at=completed_at,
+    )
+
+
+def two_phases(run: "Run", started: Array, end: float, prefill_workers: int) -> Timeline:
+    """The timeline of a disaggregated engine, whose requests go from one worker to another."""
+    requests = {name: column.values for name, column in run.requests.items()}
+    decoded = np.flatnonzero(requests["decode_worker"] >= 0)
+
+    def both(prefill: Array, decode: Array) -> Array:
+        return np.concatenate([prefill[started], decode[decoded]])
+
+    first = np.nan_to_num(requests["first_token_at"], nan=end)
+    return Timeline(
+        request=np.concatenate([started, decoded]),
+        slot=both(requests["slot"], requests["decode_worker"] + prefill_workers),
+        enqueued_at=both(requests["enqueued_at"], requests["enqueued_at"]),
+        started_at=both(requests["started_at"], requests["decode_started_at"]),
+        first_token_at=both(first, requests["decode_started_at"]),
+        left_at=both(first, np.nan_to_num(requests["completed_at"], nan=end)),
     )
 
 
@@ -88,8 +113,8 @@ def run(run: "Run", *, interactive: bool = False) -> Any:
     -------
     matplotlib.figure.Figure or plotly.graph_objects.Figure
         Slots over time with request numbers where they fit (an image of the shares of time where there are many),
-        queue size, TTFT and E2E marks; one time axis. In the token model the batch's composition, tokens computed and
-        KV memory instead of slots.
+        queue size, TTFT and E2E marks; one time axis. Of a disaggregated engine in ticks its workers instead of slots,
+        those that prefill on top; in the token model the batch's composition, tokens computed and KV memory.
 
     Raises
     ------
@@ -242,8 +267,15 @@ def draw_slots(axis: "Axes", run: "Run", span: float) -> None:
         image = phase_image(times, slots, end, min(slots, ROWS), COLUMNS)
         axis.imshow(image, extent=(0, end, slots - 0.5, -0.5), aspect="auto", interpolation="antialiased")
     axis.set_ylim(slots - 0.5, -0.5)
-    axis.set_ylabel("slot")
+    axis.set_ylabel(place_name(run))
+    if isinstance(run.engine, TickDisaggregatedEngine):
+        axis.axhline(run.engine.max_prefill_workers - 0.5, color="0.3", linewidth=1.0)
     ticks_at_integers(axis.yaxis)
+
+
+def place_name(run: "Run") -> str:
+    """What holds a request."""
+    return "worker" if isinstance(run.engine, TickDisaggregatedEngine) else "slot"
 
 
 def draw_boxes(axis: "Axes", times: Timeline, span: float, slots: int) -> None:

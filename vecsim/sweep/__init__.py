@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vecsim.axes import plan
-from vecsim.engine import Engine
-from vecsim.fleet import Fleet
+from vecsim.fleet import AnyEngine, Fleet, TickDisaggregatedEngine
 from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variables, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
@@ -24,7 +23,7 @@ INSTANTS = 201  # at which a kept queue is looked at
 
 
 def sweep(
-    engine: Engine | Fleet,
+    engine: AnyEngine,
     time_limit: float | None = None,
     *,
     warmup: float = 0.0,
@@ -38,7 +37,7 @@ def sweep(
 
     Parameters
     ----------
-    engine : Engine, Cluster or DisaggregatedEngine
+    engine : Engine, Cluster, DisaggregatedEngine or TickDisaggregatedEngine
         What is varied.
     time_limit : float, optional
         Each run ends at the first boundary at or after it [ticks, or seconds in the token model]. In the token model
@@ -73,7 +72,7 @@ def sweep(
     ValueError
         When an axis is unknown, ambiguous, empty or has a wrong value, or the sweep would not fit in memory.
     """
-    if not isinstance(engine, Engine | Fleet):
+    if not isinstance(engine, AnyEngine):
         raise ValueError(f"engine must be an Engine or a Cluster, got {engine!r}")
     time_limit, warmup = check_times(time_limit, warmup, engine.is_token)
     wanted = check_quantiles(quantiles)
@@ -86,6 +85,8 @@ def sweep(
     planned = plan(engine, axes)
     table = lower(planned, time_limit)
     kernel = "run_scenarios_by_address" if table.rules else "run_scenarios"
+    if isinstance(engine, TickDisaggregatedEngine):
+        kernel = "run_disaggregated"
     if table.token is not None:
         kernel = "simulate_fleet" if table.token.fleets else "run_token_scenarios"
     with progress_bar(planned.scenarios, progress, kernel) as bar:

@@ -120,6 +120,8 @@ def slots_of(dataset: "xr.Dataset") -> Any:
         coord = next((name for name in names if name in dataset.coords), None)
         return value if coord is None else median(dataset[coord])
 
+    if declared["type"] == "TickDisaggregatedEngine":
+        return sum(given(name, "", declared[name]) for name in ("max_prefill_workers", "max_decode_workers"))
     if not pools:
         return given("max_batch_size", "", declared["max_batch_size"])
     return sum(
