@@ -4,14 +4,16 @@
              gives_back=True) -> Result
 
 `requests` are `token_oracle.Request`s (copies are served); `fleet` is a `Cluster` or a `Disaggregated` of `Workers`;
-`overheads`, `concurrency`, `think_time` and `time_limit` are those of `token_oracle.simulate`. `draw(request, n)` gives
-a number below n: one draw for "random" (among the workers that can hold the request, in their order), two for "power of
-two" (the second one of the n - 1 others, in their order); none where only one worker can hold it.
+`overheads`, `concurrency`, `think_time` and `time_limit` are those of `token_oracle.simulate`.
+`draw(request, place, n)` gives a number below n: one draw for "random" (among the workers that can hold the request, in
+their order), two for "power of two" (the second one of the n - 1 others, in their order); none where only one worker
+can hold it. Places 0 and 1 are the draws for the worker that decodes, 2 and 3 those for the one that prefills only; the
+same place is drawn again where a request is routed twice.
 
-Events at equal times: timers and ends of transfers, by request; arrivals at the router, by request; boundaries, by
-worker. At a boundary the step that ends there is finished first (tokens, ends); whatever that makes due at once comes
-then; then the next step begins: a prefill worker is fed from the global queue, blocks of ended requests are freed,
-reservations are tried, the inbox is read, and the batch is formed.
+Events at equal times: timers, by arrival and request; ends of transfers, by request; arrivals at the router, by
+request; boundaries, by worker. What takes no time is done at once. At a boundary the step that ends there is finished
+first (tokens, ends); then the next step begins: a prefill worker is fed from the global queue; if requests wait for
+blocks to be reserved, blocks of ended requests are freed and reservations are tried; then it goes as in an engine.
 
 Requests that wait at a decode worker hold blocks there, for which one before them in the queue may wait. So where a
 batch would be empty, and where a lone running request would preempt itself, the last in the queue of those that hold
@@ -29,7 +31,11 @@ from typing import NamedTuple
 
 from token_oracle import Batcher, Engine, Overheads, Pool, Request, Scheduled
 
-TIMER, ARRIVAL, BOUNDARY = 1, 2, 3
+TIMER, FLOW, ARRIVAL, BOUNDARY = range(4)
+
+# Blocks of a memory without end, of which a share is in use too, and a poll that comes so little too early sees it
+ENDLESS = 2**31 - 1
+SLACK = 1e-9
 
 
 # What is simulated
@@ -94,6 +100,7 @@ class Transfer:
     per_descriptor: float = 0.0
     transpose: Callable[[float], float] = lambda moved: 0.0  # seconds for so many bytes
     polling: float = 0.0
+    destination_bandwidth: float | None = None  # of those that decode, where it differs
 
 
 @dataclass
@@ -197,7 +204,7 @@ class Worker(Engine):
 
     @property
     def share(self) -> float:
-        return 0.0 if self.endless else self.used / self.blocks
+        return self.used / (ENDLESS if self.endless else self.blocks)
 
     @property
     def has_slot(self) -> bool:
@@ -309,7 +316,8 @@ class Worker(Engine):
 class Router:
     kind: str
     workers: list[Worker]
-    draw: Callable[[FleetRequest, int], int]
+    place: int  # of its draws
+    draw: Callable[[FleetRequest, int, int], int]
     previous: Callable[[FleetRequest], int | None]  # the worker of the session's turn before this one
 
     last: int = field(init=False, default=-1)  # place of the last choice among the workers
@@ -332,8 +340,8 @@ class Router:
         if n == 1 or self.kind not in {"random", "power of two"}:
             return []
         if self.kind == "random":
-            return [self.draw(request, n)]
-        return [self.draw(request, n), self.draw(request, n - 1)]
+            return [self.draw(request, self.place, n)]
+        return [self.draw(request, self.place, n), self.draw(request, self.place + 1, n - 1)]
 
     def pick(self, request: FleetRequest, able: list[Worker], draws: list[int]) -> Worker:
         match self.kind:
@@ -348,7 +356,7 @@ class Router:
                     return able[0]
                 first = able[draws[0]]
                 second = [worker for worker in able if worker is not first][draws[1]]
-                return min(first, second, key=lambda worker: (len(worker.sent), worker.number))
+                return min(first, second, key=lambda worker: len(worker.sent))
             case "least kv":
                 return min(able, key=lambda worker: (worker.share, worker.number))
             case "session sticky":
@@ -389,11 +397,10 @@ class Simulation:
         self.is_over = False
         self.steps: list[FleetStep] = []
         self.routed: list[int] = []
-        self.timers: list[tuple[float, int, int, Callable[[], None]]] = []
+        self.timers: list[tuple[float, float, int, Callable[[], None]]] = []
         self.arrivals: list[tuple[float, int]] = []
         self.flows: list[Flow] = []
         self.prefill_queue: list[FleetRequest] = []  # the global one
-        self.made = 0
 
         names = [each.name for each in fields(Request) if each.init]
         self.requests = [FleetRequest(**{name: getattr(request, name) for name in names}) for request in requests]
@@ -409,13 +416,13 @@ class Simulation:
             return None if request.after is None else self.requests[request.after]
 
         self.router = Router(
-            fleet.router if is_cluster else fleet.decode_router, self.decode, draw,
+            fleet.router if is_cluster else fleet.decode_router, self.decode, 0, draw,
             lambda request: before(request) and before(request).worker,
         )  # fmt: skip
         self.prefill_router = None
         if not is_cluster and fleet.prefill_router is not None:
             self.prefill_router = Router(
-                fleet.prefill_router, self.prefill, draw,
+                fleet.prefill_router, self.prefill, 2, draw,
                 lambda request: before(request) and before(request).prefill_worker,
             )  # fmt: skip
 
@@ -490,7 +497,11 @@ class Simulation:
                 self.finish_step(worker)
 
     def next_events(self) -> list[tuple[float, int, int, Callable[[], None]]]:
-        events = self.next_timers()
+        events = []
+        if self.timers:
+            events.append((self.timers[0][0], TIMER, 0, self.next_timer))
+        for flow in self.flows:
+            events.append((flow.end, FLOW, flow.request.index, lambda flow=flow: self.end_flow(flow)))
         if self.arrivals:
             time, number = self.arrivals[0]
             events.append((time, ARRIVAL, number, self.next_arrives))
@@ -499,26 +510,14 @@ class Simulation:
                 events.append((worker.boundary, BOUNDARY, worker.number, lambda worker=worker: self.reach(worker)))
         return events
 
-    def next_timers(self) -> list[tuple[float, int, int, Callable[[], None]]]:
-        events = []
-        if self.timers:
-            time, number, _, _ = self.timers[0]
-            events.append((time, TIMER, number, self.next_timer))
-        for flow in self.flows:
-            events.append((flow.end, TIMER, flow.request.index, lambda flow=flow: self.end_flow(flow)))
-        return events
-
     def next_timer(self) -> None:
         heappop(self.timers)[-1]()
 
     def at(self, time: float, request: FleetRequest, act: Callable[[], None]) -> None:
-        self.made += 1
-        heappush(self.timers, (time, request.index, self.made, act))
-
-    def do_what_is_due(self) -> None:
-        """Timers and ends of transfers only."""
-        while due := [event for event in self.next_timers() if event[0] <= self.now]:
-            min(due, key=lambda event: event[:3])[-1]()
+        if time > self.now:
+            heappush(self.timers, (time, request.arrived_at, request.index, act))
+        else:
+            act()
 
     # Boundaries
 
@@ -539,9 +538,11 @@ class Simulation:
 
     def finish_step(self, worker: Worker) -> None:
         worker.in_step = False
-        for request in worker.finish_step(self.now):
+        ended = worker.finish_step(self.now)
+        for request in ended:
             worker.sent.remove(request)
             worker.ended += 1
+        for request in ended:
             if request.of is None:
                 self.complete(request)
             else:
@@ -552,18 +553,22 @@ class Simulation:
         if worker in self.prefill:
             self.feed()
 
-        def enqueue() -> None:
+        if worker.reservations:
+            worker.release()
             self.try_reservations(worker)
-            self.do_what_is_due()
-            worker.read_inbox()
-
-        chosen = worker.begin_step(self.now, enqueue)
-        # Who waits may need the blocks that others hold who wait behind it.
-        while not chosen and (last := worker.last_to_give_back()) is not None:
-            worker.give_back(last)
+        preempted = worker.preemptions
+        chosen = worker.begin_step(self.now, worker.read_inbox)
+        while not chosen:
+            # Nothing is left of the batch after a preemption; or who waits needs the blocks of others who wait behind.
+            if worker.preemptions == preempted:
+                if (last := worker.last_to_give_back()) is None:
+                    break
+                worker.give_back(last)
+            preempted = worker.preemptions
             chosen = worker.form_batch()
         if not chosen:
             worker.boundary = inf
+            self.try_reservations(worker)  # a preemption may have freed blocks, and no step follows
             return
         end = self.now + (worker.duration(chosen) + self.overheads.per_step)
         self.steps.append(FleetStep(self.now, end, chosen, len(worker.waiting), worker.used, worker.number))
@@ -581,12 +586,16 @@ class Simulation:
             request.dropped = True
             self.ask_next(self.now + max(self.think_time, 1.0))  # a user who is refused never asks without end
             return
-        worker = self.router.choose(request, request.able)
         if isinstance(self.fleet, Disaggregated):
+            worker = self.router.ask(request, request.able)
             request.is_local = self.stays(request, worker)
-            if not request.is_local:
-                self.go_remote(request, worker)
+            if not request.is_local and self.fleet.reserve == "prefill":
+                self.go_to_prefill(request)
                 return
+        worker = self.router.choose(request, request.able)
+        if request.is_local is False:
+            self.want_blocks(request, worker)
+            return
         self.assign(request, worker)
         self.send(worker, request)
 
@@ -615,7 +624,7 @@ class Simulation:
 
         def is_busy() -> bool:
             if self.prefill_router is None:
-                return not any(each.has_slot for each in able)
+                return bool(self.prefill_queue) or not any(each.has_slot for each in able)
             return len(self.prefill_router.ask(request, able).sent) > 0
 
         match rule:
@@ -634,15 +643,9 @@ class Simulation:
         return local and (threshold is None or worker.share <= threshold)
 
     def not_started(self) -> int:
-        return sum(not each.admitted_at for worker in self.prefill for each in worker.sent)
+        return sum(each not in worker.running for worker in self.prefill for each in worker.sent)
 
     # Reservations
-
-    def go_remote(self, request: FleetRequest, worker: Worker) -> None:
-        if self.fleet.reserve == "arrival":
-            self.want_blocks(request, worker)
-        else:
-            self.go_to_prefill(request)
 
     def want_blocks(self, request: FleetRequest, worker: Worker) -> None:
         self.assign(request, worker)
@@ -719,7 +722,7 @@ class Simulation:
         transfer = self.fleet.transfer
         request.transfer_begun_at = self.now
         if transfer is None:
-            self.at(self.now, request, lambda: self.notice(request))
+            self.notice(request)
             return
         worker = self.workers[request.worker]
         hit, end = request.hit_tokens // worker.block_size, worker.needed(request.prompt_tokens)
@@ -729,8 +732,13 @@ class Simulation:
         self.at(start, request, lambda: self.begin_flow(request))
 
     def begin_flow(self, request: FleetRequest) -> None:
+        transfer = self.fleet.transfer
+        widths = transfer.bandwidth, transfer.destination_bandwidth, transfer.fabric
+        if request.bytes == 0 or all(width in {None, inf} for width in widths):
+            self.all_flowed(request)
+            return
         links = [("source", request.prefill_worker), ("destination", request.worker)]
-        if self.fleet.transfer.fabric is not None:
+        if transfer.fabric is not None:
             links.append(("fabric", 0))
         self.flows.append(Flow(request, links, request.bytes, self.now))
         self.share_links()
@@ -738,21 +746,30 @@ class Simulation:
     def end_flow(self, flow: Flow) -> None:
         self.flows.remove(flow)
         self.share_links()
-        transfer, begun = self.fleet.transfer, flow.request.transfer_begun_at
-        end = self.now + transfer.transpose(flow.request.bytes)
+        self.all_flowed(flow.request)
+
+    def all_flowed(self, request: FleetRequest) -> None:
+        transfer, begun = self.fleet.transfer, request.transfer_begun_at
+        end = self.now + transfer.transpose(request.bytes)
         if transfer.polling > 0:
-            end = max(end, begun + ceil((end - begun) / transfer.polling) * transfer.polling)
-        self.at(end, flow.request, lambda: self.notice(flow.request))
+            polls = ceil((end - begun) / transfer.polling - SLACK)
+            end = max(end, begun + polls * transfer.polling)
+        self.at(end, request, lambda: self.notice(request))
+
+    def width_of(self, link: tuple[str, int]) -> float:
+        transfer = self.fleet.transfer
+        if link[0] == "fabric":
+            return transfer.fabric
+        differs = link[0] == "destination" and transfer.destination_bandwidth is not None
+        return transfer.destination_bandwidth if differs else transfer.bandwidth
 
     def share_links(self) -> None:
-        transfer = self.fleet.transfer
         for flow in self.flows:
             if flow.end <= self.now:
                 continue  # it is done, only not yet seen to be
             rate = inf
             for link in flow.links:
-                width = transfer.fabric if link[0] == "fabric" else transfer.bandwidth
-                rate = min(rate, width / sum(link in each.links for each in self.flows))
+                rate = min(rate, self.width_of(link) / sum(link in each.links for each in self.flows))
             if rate != flow.rate:
                 flow.left = max(0.0, flow.left - flow.rate * (self.now - flow.since))
                 flow.since, flow.rate = self.now, rate
@@ -779,14 +796,14 @@ def simulate(
     concurrency: int | None = None,
     think_time: float = 0.0,
     time_limit: float = inf,
-    draw: Callable[[FleetRequest, int], int] | None = None,
+    draw: Callable[[FleetRequest, int, int], int] | None = None,
     gives_back: bool = True,
 ) -> Result:
     """Serve the requests to the end, or as long as steps begin before the time limit."""
     if draw is None:
         numbers = random.Random(0)
 
-        def draw(request: FleetRequest, n: int) -> int:
+        def draw(request: FleetRequest, place: int, n: int) -> int:
             return numbers.randrange(n)
 
     simulation = Simulation(requests, fleet, overheads or Overheads(), concurrency, think_time, draw, gives_back)

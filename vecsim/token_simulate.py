@@ -214,7 +214,8 @@ class Room:
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
         self.slots = int(column["slots"].max())
-        self.block_size = int(column["block_size"].max())
+        groups = streams.groups[:, FIELDS.index("block_size")]
+        self.block_size = int(max(column["block_size"].max(), groups.max(initial=0)))
         self.classes = max(int(column["classes"].max()), 1)
         self.longest = int(numbers.longest[block.stream[:, OUTPUT]].max())
         self.ids, self.with_ids, self.nodes = self._blocks(column, block, numbers, streams)
@@ -370,7 +371,7 @@ class Room:
             fits=np.zeros(self.kinds, np.uint8),
             sent=number(workers),
             turn=number(2),
-            bound=whole(n),
+            before=whole(n),
             clock=np.empty(2 * leaves),
             loads=np.empty((2, 2 * leaves)),
             way=whole(handover.WAY_ROWS, n),

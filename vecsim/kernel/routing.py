@@ -5,13 +5,16 @@ import numpy as np
 from vecsim.kernel import tree
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
-from vecsim.kernel.token_state import LEFT
+from vecsim.kernel.token_state import LEFT, REPORTED, RUNNING
 
 # Routers, in the order of `vecsim.routing.ROUTERS`
 ROUND_ROBIN, RANDOM, LEAST_OUTSTANDING, POWER_OF_TWO, LEAST_KV, STICKY = range(6)
 
 # Places of a router: it chooses who decodes, or who prefills only
 DECODES, PREFILLS = range(2)
+
+# Rows of `way` [request]: workers of its prefill and decode, -1 where there is none; others in `vecsim.kernel.handover`
+PREFILLS_AT, DECODES_AT = range(2)
 
 
 @bare
@@ -39,6 +42,13 @@ def outstanding(fleet, worker):
 
 
 @inlined
+def not_started(fleet, worker):
+    """Those of them that have no slot."""
+    w = unsigned(worker)
+    return outstanding(fleet, worker) - int(fleet.counts[w, RUNNING] - fleet.counts[w, REPORTED])
+
+
+@inlined
 def load_of(fleet, router, worker):
     """What a router wants to be least; 0 where it goes by no load."""
     w = unsigned(worker)
@@ -60,9 +70,10 @@ def route(fleet, router, request, able):
     if able == 0:
         return -1
     code = router.code
-    if code == STICKY and fleet.bound[unsigned(request)] >= 0:
-        worker = whole(fleet.bound[unsigned(request)])
-        if could_hold(fleet, worker):
+    if code == STICKY and fleet.before[unsigned(request)] >= 0:
+        at = PREFILLS_AT if router.place == PREFILLS else DECODES_AT
+        worker = whole(fleet.way[at, unsigned(fleet.before[unsigned(request)])])
+        if worker >= 0 and could_hold(fleet, worker):
             return worker
     if code in (ROUND_ROBIN, STICKY):
         turn = fleet.turn[router.place]

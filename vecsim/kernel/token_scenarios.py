@@ -477,7 +477,7 @@ def room_of(fleet, groups, workers):
     while leaves < workers:
         leaves *= 2
     return Fleet(
-        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers], fleet.turn, fleet.bound,
+        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers], fleet.turn, fleet.before,
         fleet.clock[: 2 * leaves], fleet.loads, fleet.way, fleet.instants, fleet.moved, fleet.timers,
         fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times, fleet.owned, fleet.own_blocks, fleet.links,
         fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts, fleet.sums, fleet.first, fleet.unclip,

@@ -27,7 +27,9 @@ from vecsim.kernel.token_state import (
     LONGEST,
     MEASURING,
     NOW,
+    RUNNING,
     SINCE,
+    WAITING,
     put_last,
 )
 
@@ -201,6 +203,13 @@ def note_load(world, worker):
 
 
 @bare
+def assign(world, worker):
+    """One more request is outstanding at a worker."""
+    world.fleet.sent[unsigned(worker)] += 1
+    note_load(world, worker)
+
+
+@bare
 def send(world, request, worker, t):
     """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
     fleet, work = world.fleet, world.work
@@ -211,9 +220,17 @@ def send(world, request, worker, t):
     else:
         work.times[SINCE, r] = t
         put_last(fleet.counts[w], work.own, INBOX_HEAD, request)
-    fleet.sent[w] += 1
-    note_load(world, worker)
     wake(world, worker, t)
+
+
+@bare
+def tell_of_room(world, worker, t):
+    """Blocks of a worker have come free beside its steps: it is to see whether it can go on."""
+    counts = world.fleet.counts
+    w = unsigned(worker)
+    note_load(world, worker)
+    if counts[w, WAITING] > 0 or counts[w, RUNNING] > 0:
+        wake(world, worker, t)
 
 
 @bare
