@@ -75,8 +75,9 @@ def test_the_default_sweep_has_ten_thousand_scenarios_or_more():
 
 @pytest.mark.parametrize("name", ready_made())
 def test_every_ready_made_spec_runs(tmp_path, name):
-    warmup = [] if read_spec(name).short else ["--warmup", "20"]
-    small = ["--set", "seed=0,1", "--time-limit", "200", *warmup]
+    spec = read_spec(name)
+    limit, warmup = ("20", "2") if spec.engine.is_token else ("200", "20")
+    small = ["--set", "seed=0,1", "--time-limit", limit, *([] if spec.short else ["--warmup", warmup])]
     done = cli(tmp_path, name, *small, "-o", "a.zarr", "--plot", "a.svg")
     assert done.returncode == 0, done.stderr
     assert "saved a.zarr and a.svg" in done.stdout

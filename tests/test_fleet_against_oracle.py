@@ -260,7 +260,7 @@ def check_open(seed, apart):
 
 def check_closed(seed, apart):
     rng = random.Random(seed)
-    users, think = rng.randint(1, 9), rng.choice([0.0, 7.0])
+    users, think = rng.randint(1, 6), rng.choice([0.0, 7.0])
     load = sim.ConcurrentLoadGenerator(
         target_concurrency=users,
         think_time=think,
@@ -269,10 +269,10 @@ def check_closed(seed, apart):
         seed=seed,
     )
     fleet, literal, overheads = a_fleet(rng, apart, load, rng.choice([1, 4, 16, 5]), ["fcfs", "shortest_prompt"])
-    run = fleet.run(300.0)
-    requests = [token_oracle.Request(0.0, *lengths) for lengths in lengths_of(load, 400)]
+    run = fleet.run(150.0)
+    requests = [token_oracle.Request(0.0, *lengths) for lengths in lengths_of(load, 1000)]
     result = fleet_oracle.simulate(
-        requests, literal, overheads=overheads, concurrency=users, think_time=think, time_limit=300.0, draw=draws(load)
+        requests, literal, overheads=overheads, concurrency=users, think_time=think, time_limit=150.0, draw=draws(load)
     )
     check_against(run, result)
 

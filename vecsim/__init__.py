@@ -17,7 +17,16 @@ from vecsim.batching import (
 from vecsim.engine import Engine
 from vecsim.fits import Fit
 from vecsim.fitting import Calibration, Measured, fit_step_time
-from vecsim.fleet import Cluster, DisaggregatedEngine, Pool
+from vecsim.fleet import (
+    Cluster,
+    DisaggregatedEngine,
+    LengthOrLoadRule,
+    LocalPrefill,
+    Pool,
+    PrefillLoadRule,
+    PromptLengthRule,
+    QueueAndLengthRule,
+)
 from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
 from vecsim.kv_cache import KVCache
@@ -41,8 +50,11 @@ from vecsim.models import Model
 from vecsim.overheads import Overheads
 from vecsim.roofline import RooflineStepTime
 from vecsim.routing import (
+    CustomRouter,
+    KVAwareRouter,
     LeastKVRouter,
     LeastOutstandingRouter,
+    OverlapRouter,
     PowerOfTwoRouter,
     RandomRouter,
     RoundRobinRouter,
@@ -60,6 +72,7 @@ from vecsim.step_time import (
     TickStepTime,
 )
 from vecsim.sweep import sweep
+from vecsim.transfer import KVTransfer, Link
 
 __version__ = "0.1.0"
 
@@ -74,6 +87,7 @@ __all__ = [
     "ConcurrentLoadGenerator",
     "Constant",
     "CustomBatcher",
+    "CustomRouter",
     "CustomStepTime",
     "DisaggregatedEngine",
     "Distribution",
@@ -83,11 +97,16 @@ __all__ = [
     "GammaLoadGenerator",
     "IFBatcher",
     "IFBatcherWithOnePrefillOnly",
+    "KVAwareRouter",
     "KVCache",
+    "KVTransfer",
     "LeastKVRouter",
     "LeastOutstandingRouter",
+    "LengthOrLoadRule",
     "LinearStepTime",
+    "Link",
     "LoadGenerator",
+    "LocalPrefill",
     "LogNormal",
     "MaxUtilizationBatcher",
     "Measured",
@@ -95,12 +114,16 @@ __all__ = [
     "NoEvictBatcher",
     "Normal",
     "Overheads",
+    "OverlapRouter",
     "PiecewiseLoadGenerator",
     "PoissonLoadGenerator",
     "PolynomialStepTime",
     "Pool",
     "PowerOfTwoRouter",
     "PrefillFirstBatcher",
+    "PrefillLoadRule",
+    "PromptLengthRule",
+    "QueueAndLengthRule",
     "RandomRouter",
     "RequestClass",
     "RequestRateLoadGenerator",

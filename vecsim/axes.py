@@ -54,7 +54,7 @@ class Axis(NamedTuple):
         if self.values.dtype != object:
             return self.values
         values = list(self.values.flat)
-        texts = [value.name if isinstance(value, Declaration) else str(value) for value in values]
+        texts = [_text(value) for value in values]
         for name in set(texts):
             same = [i for i, text in enumerate(texts) if text == name]
             declared = [values[i] for i in same]
@@ -69,6 +69,13 @@ class Axis(NamedTuple):
             if (number := others.index(values[i]) + 1) > 1:
                 texts[i] = f"{text} #{number}"
         return np.array(texts).reshape(self.values.shape)
+
+
+def _text(value: Any) -> str:
+    """A value's name, or its text."""
+    if isinstance(value, tuple) and all(isinstance(item, Declaration) for item in value):
+        return " + ".join(item.name for item in value)
+    return value.name if isinstance(value, Declaration) else str(value)
 
 
 class Plan(NamedTuple):
@@ -99,8 +106,15 @@ def replace_all(declaration: Any, changes: Mapping[str, Any]) -> Any:
             head, _, rest = path.partition(".")
             inner.setdefault(head, {})[rest] = value
     for head, rest_changes in inner.items():
-        own[head] = replace_all(own.get(head, getattr(declaration, head)), rest_changes)
+        own[head] = replace_all(own.get(head, _part(declaration, head)), rest_changes)
+    if isinstance(declaration, tuple):
+        return tuple(own.get(str(i), item) for i, item in enumerate(declaration))
     return msgspec.structs.replace(declaration, **own)
+
+
+def _part(declaration: Any, name: str) -> Any:
+    """A field, or one of several pools by its place."""
+    return declaration[int(name)] if isinstance(declaration, tuple) else getattr(declaration, name)
 
 
 def replace(declaration: Any, path: str, value: Any) -> Any:
@@ -115,6 +129,10 @@ def fields(declaration: Declaration, prefix: str = "") -> Iterator[tuple[str, An
         yield prefix + name, value
         if isinstance(value, Declaration):
             yield from fields(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if isinstance(item, Declaration) and item.is_numbered:
+                    yield from fields(item, f"{prefix}{name}.{i}.")
 
 
 def differing_fields(declarations: Sequence[Declaration]) -> list[str]:
@@ -148,15 +166,34 @@ def find(name: str, declaration: Declaration, what: str = "axis") -> str:
         When no field or several have that name: lists the candidates.
     """
     paths = [path for path, _ in fields(declaration)]
-    if name in paths:
-        return name
-    found = [path for path in paths if path.endswith("." + name)]
+    found = meant(name, paths)
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(f"{what} {name!r} is ambiguous: write one of {', '.join(found)}")
-    hint = suggestion(name, [*paths, *(path.rpartition(".")[2] for path in paths)])
+    words = [as_word(path) for path in paths if path.count(".") == 1]
+    hint = suggestion(name, [*paths, *(path.rpartition(".")[2] for path in paths), *words])
     raise ValueError(f"unknown {what} {name!r}{hint or ': fields are ' + ', '.join(paths)}")
+
+
+def meant(name: str, paths: Sequence[str]) -> list[str]:
+    """The paths that a name may mean: itself, those that end in it, or, as a keyword has it, with _ for each dot."""
+    if name in paths:
+        return [name]
+    return [path for path in paths if path.endswith("." + name)] or [
+        path for path in paths if name in map(as_word, tails(path))
+    ]
+
+
+def tails(path: str) -> list[str]:
+    """A path and what is left of it without its first components."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def as_word(path: str) -> str:
+    """A path as a keyword: `prefill.workers` is `prefill_workers`."""
+    return path.replace(".", "_")
 
 
 def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
@@ -186,6 +223,10 @@ def plan(engine: Declaration, axes: Mapping[str, Any]) -> Plan:
         path, values = resolved[name]
         field = path.rpartition(".")[2]
         label = path if field in TAKEN or fields_named.count(field) > 1 else field
+        if name not in (path, field, *TAKEN) and "." not in name:
+            label = name  # such as `prefill_workers`
+        elif "." in name and len(meant(field, [other for other, _ in fields(engine)])) > 1:
+            label = path  # else none could tell which
         planned.append(Axis(label, path, (label,) if dims and array is None else dims, values))
 
     sizes: dict[str, int] = {}
@@ -232,8 +273,8 @@ def _resolve(engine: Declaration, given: Mapping[str, Any]) -> dict[str, tuple[s
             try:
                 paths.add(find(name, specimen))
             except ValueError as unknown:
-                kinds = [type(value).__name__ for _, value in fields(specimen) if isinstance(value, Declaration)]
-                lacking.append((str(unknown), f"; with {', '.join(kinds)}"))
+                kinds = (type(value).__name__ for _, value in fields(specimen) if isinstance(value, Declaration))
+                lacking.append((str(unknown), f"; with {', '.join(dict.fromkeys(kinds))}"))
         if lacking:
             # Where some have such a field, tell which hasn't.
             raise ValueError("".join(lacking[0]) if len(lacking) < len(specimens) else lacking[0][0])
@@ -244,7 +285,7 @@ def _resolve(engine: Declaration, given: Mapping[str, Any]) -> dict[str, tuple[s
             raise ValueError(f"axis {name!r} names {path}, which another axis names too")
         values = _checked(path, given[name][1], specimens.values())
         resolved[name] = path, values
-        if _is_component(values):
+        if _decides_fields(values):
             made = [replace(old, path, value) for old in specimens.values() for value in values.flat]
             specimens = {_shape(specimen): specimen for specimen in made}
     return resolved
@@ -254,8 +295,8 @@ def _outermost_first(engine: Declaration, given: Mapping[str, Any]) -> list[str]
     """Names of the axes: components before numbers, outer components before those inside them."""
 
     def depth(name: str) -> tuple[bool, int]:
-        found = [path for path, _ in fields(engine) if path == name or path.endswith("." + name)]
-        return not _is_component(given[name][1]), min((path.count(".") for path in found), default=99)
+        found = meant(name, [path for path, _ in fields(engine)])
+        return not _decides_fields(given[name][1]), min((path.count(".") for path in found), default=99)
 
     return sorted(given, key=depth)
 
@@ -308,6 +349,11 @@ def _values(name: str, given: Any) -> tuple[tuple[str, ...], Array, Any]:
     return dims, values, array
 
 
+def _decides_fields(values: Array) -> bool:
+    """Whether which fields there are may depend on an axis: of components, or of none."""
+    return _is_component(values) or (values.dtype == object and any(value is None for value in values.flat))
+
+
 def _is_component(values: Array) -> bool:
     return values.dtype == object and any(isinstance(value, Declaration) or callable(value) for value in values.flat)
 
@@ -320,7 +366,7 @@ def _checked(path: str, values: Array, specimens: Any) -> Array:
     for specimen in specimens:
         owner = specimen
         for part in owner_path.split(".") if owner_path else ():
-            owner = getattr(owner, part)
+            owner = _part(owner, part)
         owners[type(owner)] = owner
     for owner_type in owners:
         kinds, allowed = next((kinds, allowed) for field, kinds, allowed in checks(owner_type) if field == name)

@@ -149,6 +149,11 @@ class Declaration(msgspec.Struct, metaclass=Declared, frozen=True, kw_only=True,
             raise ValueError(f"not valid JSON: {error}") from None
         return from_plain(data, cls)
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether several in one field are told by their places, so that an axis can name a field of one of them."""
+        return False
+
     @classmethod
     def standing_for(cls, value: Any) -> Self | None:
         """The declaration that a value of another type stands for; None if it stands for none."""
@@ -208,6 +213,7 @@ class Values:
 
 
 LONGEST_LIST = 1000
+NONE = "none"  # what stands for it in a text, such as an axis in TOML
 NOT_WRITTEN = "array, not written:"
 
 
@@ -312,15 +318,16 @@ def _spelt_out(data: Any, kind: Any, path: str = "") -> Any:
 
 def tagged() -> dict[str, type[Declaration]]:
     """Every declaration that TOML's `type` can name."""
-
-    def below(kind: type[Declaration]) -> list[type[Declaration]]:
-        return [other for sub in kind.__subclasses__() for other in (sub, *below(sub))]
-
     return {
         kind.__name__: kind
         for kind in below(Declaration)
         if not kind.__subclasses__() and kind.__struct_config__.tag is not None
     }
+
+
+def below(kind: type[Declaration]) -> list[type[Declaration]]:
+    """All declarations derived from one."""
+    return [other for sub in kind.__subclasses__() for other in (sub, *below(sub))]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -382,7 +389,7 @@ def cut(text: str) -> str:
 
 def check(name: str, value: Any, kinds: tuple[Any, ...], allowed: Range | None) -> Any:
     """Return the value in its plain type, or raise a ValueError that says what is allowed."""
-    if value is None and type(None) in kinds:
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value == NONE and str not in kinds)):
         return None
     for kind in kinds:
         if get_origin(kind) is typing.Literal:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 AnyStepTime = TickStepTime | LinearStepTime | PolynomialStepTime | TableStepTime | RooflineStepTime | CustomStepTime
 
 
-class Engine(Declaration, frozen=True, kw_only=True):
+class Engine(Declaration, frozen=True, kw_only=True, tag=True):
     """An inference engine under a load.
 
     Parameters

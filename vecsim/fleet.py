@@ -1,17 +1,26 @@
 """Fleets: many engines behind a router, prefill and decode together or apart."""
 
+import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
-from vecsim.declaration import Count, Declaration, Range
+from vecsim.declaration import Count, Declaration, Range, shown
 from vecsim.engine import AnyStepTime, Engine
 from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator
 from vecsim.overheads import Overheads
-from vecsim.routing import ROUTERS, AnyRouter, LeastOutstandingRouter, RoundRobinRouter
+from vecsim.roofline import RooflineStepTime
+from vecsim.routing import (
+    ROUTERS,
+    AnyRouter,
+    CustomRouter,
+    KVAwareRouter,
+    LeastOutstandingRouter,
+    RoundRobinRouter,
+)
 from vecsim.step_time import TickStepTime
-from vecsim.transfer import KVTransfer
+from vecsim.transfer import KVTransfer, check_same_kv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +63,30 @@ class Pool(Declaration, frozen=True, kw_only=True):
     kv_cache: KVCache | None = None
     max_model_len: Annotated[int, Range(2, 2**30)] | None = None
 
+    @classmethod
+    def of(cls, engine: Engine, workers: int = 1) -> Self:
+        """Workers like an engine, whose load, overheads and SLO are for the fleet to declare.
+
+        Parameters
+        ----------
+        engine : Engine
+        workers : int
+            How many.
+
+        Returns
+        -------
+        Pool
+
+        Raises
+        ------
+        ValueError
+            When it is no engine in seconds, or there is no worker.
+        """
+        if not isinstance(engine, Engine):
+            raise ValueError(f"engine must be an Engine, got {shown(engine)}")
+        own = {name: getattr(engine, name) for name in cls.__struct_fields__ if name != "workers"}
+        return cls(workers=workers, **own)
+
     def engine(self, load_generator: AnyLoadGenerator, overheads: Overheads, slo: SLO | None) -> Engine:
         """One of the workers as an engine alone."""
         return Engine(
@@ -66,6 +99,11 @@ class Pool(Declaration, frozen=True, kw_only=True):
             overheads=overheads,
             slo=slo,
         )
+
+    @property
+    def is_numbered(self) -> bool:
+        """Pools of one field are told by their places: `pool.0.workers`."""
+        return True
 
     @property
     def summary(self) -> str:
@@ -81,7 +119,7 @@ def listed(pools: Pools) -> tuple[Pool, ...]:
     return pools if isinstance(pools, tuple) else (pools,)
 
 
-class Fleet(Declaration, frozen=True, kw_only=True):
+class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
     """What all fleets have in common.
 
     Parameters
@@ -112,11 +150,21 @@ class Fleet(Declaration, frozen=True, kw_only=True):
         """What the kernel is told besides the pools, in the order of its numbers."""
         raise NotImplementedError
 
+    def routers(self) -> tuple[AnyRouter, ...]:
+        """All routers."""
+        raise NotImplementedError
+
+    def own_router(self) -> Any:
+        """The rule of a router of the user's own; None if there is none."""
+        return next((router.rule for router in self.routers() if isinstance(router, CustomRouter)), None)
+
     def _check_pools(self) -> None:
         """Refuse pools that can't make up one fleet."""
         if any(isinstance(pool.step_time, TickStepTime) for pool in self.pools):
             raise ValueError("step_time of a pool must be in seconds, got TickStepTime")
         self.engines()  # refuses what an engine would
+        if len({router.rule for router in self.routers() if isinstance(router, CustomRouter)}) > 1:
+            raise ValueError("router and prefill_router must have the same rule of one's own, got two")
         sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
         if len(sizes) > 1:
             raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
@@ -160,9 +208,14 @@ class Fleet(Declaration, frozen=True, kw_only=True):
         return run(self, time_limit, warmup=warmup, quantiles=quantiles)
 
 
-def router_code(router: AnyRouter) -> float:
-    """What the kernel knows a router by."""
-    return float(ROUTERS.index(type(router)))
+def router_numbers(router: AnyRouter, place: Literal["all", "prefill", "decode"]) -> dict[str, float]:
+    """The numbers of a router, in the order of the kernel's; `place` is what its workers do."""
+    credit, scale, temperature, latency = router.numbers()
+    if place == "decode" and isinstance(router, KVAwareRouter):
+        credit = 0.0  # what is cached doesn't count there
+    numbers = (ROUTERS.index(type(router)), credit, scale, place != "prefill", temperature, latency)
+    names = ("code", "credit", "scale", "decode_counts", "temperature", "latency")
+    return {f"{place}.{name}": float(number) for name, number in zip(names, numbers, strict=True)}
 
 
 def transfer_numbers(transfer: KVTransfer | None) -> dict[str, float]:
@@ -175,7 +228,7 @@ def transfer_numbers(transfer: KVTransfer | None) -> dict[str, float]:
     return {name: float(numbers[name]) for name in Transfer._fields}
 
 
-class Cluster(Fleet, frozen=True, kw_only=True):
+class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
     """Workers behind a router, each of which does prefill and decode.
 
     Metrics are those of all workers together; `max_queue` and `kv_peak` those of the worker with the most.
@@ -218,9 +271,13 @@ class Cluster(Fleet, frozen=True, kw_only=True):
         """Short text: what serves."""
         return f"{self.router.label()} over {' and '.join(pool.summary for pool in self.pools)}"
 
+    def routers(self) -> tuple[AnyRouter, ...]:
+        """All routers."""
+        return (self.router,)
+
     def kernel(self) -> dict[str, float]:
         """What the kernel is told besides the pools, in the order of its numbers."""
-        routers = {"router": router_code(self.router), "prefill_router": 0.0}
+        routers = router_numbers(self.router, "all") | router_numbers(RoundRobinRouter(), "prefill")
         return routers | dict.fromkeys(SPLIT_FIELDS, 0.0) | transfer_numbers(None)
 
 
@@ -267,8 +324,8 @@ class QueueAndLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
         return float(self.max_local_prefill_length), float(self.max_prefill_queue_size), 0.0
 
 
-class PromptLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
-    """Local if the effective prompt is short, and a small part of the prompt (Dynamo's `isl_bounding`).
+class LengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
+    """What the rules have in common that look at the prompt's length alone.
 
     Parameters
     ----------
@@ -286,11 +343,15 @@ class PromptLengthRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
         return float(self.eff_isl_threshold), math.inf, self.ratio
 
 
+class PromptLengthRule(LengthRule, frozen=True, kw_only=True, tag=True):
+    """Local if the effective prompt is short, and a small part of the prompt (Dynamo's `isl_bounding`)."""
+
+
 class PrefillLoadRule(LocalPrefill, frozen=True, kw_only=True, tag=True):
     """Local if the prefill worker that would be chosen has something to do (Dynamo's `prefill_load`)."""
 
 
-class LengthOrLoadRule(PromptLengthRule, frozen=True, kw_only=True, tag=True):
+class LengthOrLoadRule(LengthRule, frozen=True, kw_only=True, tag=True):
     """Local if either of `PromptLengthRule` and `PrefillLoadRule` says so (Dynamo's `isl_or_load`)."""
 
 
@@ -300,7 +361,7 @@ AnyLocalPrefill = QueueAndLengthRule | PromptLengthRule | PrefillLoadRule | Leng
 LOCAL_RULES = (QueueAndLengthRule, PromptLengthRule, PrefillLoadRule, LengthOrLoadRule)
 
 
-class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
+class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
     """Workers that compute prompts, and workers that decode: keys and values move from the former to the latter.
 
     Parameters
@@ -330,7 +391,8 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
     Raises
     ------
     ValueError
-        When a field has a wrong value, or one that another field rules out.
+        When a field has a wrong value, or one that another field rules out: pools whose models differ in their keys and
+        values, say.
     """
 
     prefill: Pools
@@ -348,6 +410,15 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
             if not listed(getattr(self, name)):
                 raise ValueError(f"{name} must have a worker, got none")
         self._check_pools()
+        for source, destination in itertools.product(listed(self.prefill), listed(self.decode)):
+            sent, read = source.step_time, destination.step_time
+            if isinstance(sent, RooflineStepTime) and isinstance(read, RooflineStepTime):
+                check_same_kv(sent.model, read.model, sent.kv_dtype, read.kv_dtype)
+
+    @property
+    def prefill_workers(self) -> int:
+        """Workers that prefill only: the first ones."""
+        return sum(pool.workers for pool in listed(self.prefill))
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -360,20 +431,28 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True):
         pools = {"prefill": listed(self.prefill), "decode": listed(self.decode)}
         return ", ".join(f"{name} {' and '.join(pool.summary for pool in part)}" for name, part in pools.items())
 
+    def routers(self) -> tuple[AnyRouter, ...]:
+        """All routers."""
+        return (self.router,) if self.prefill_router is None else (self.router, self.prefill_router)
+
     def kernel(self) -> dict[str, float]:
         """What the kernel is told besides the pools, in the order of its numbers."""
         rule = self.local_prefill
         length, queue_size, ratio = (0.0, 0.0, 0.0) if rule is None else rule.numbers()
         split = (
-            *(sum(pool.workers for pool in listed(self.prefill)), self.prefill_router is None),
+            *(self.prefill_workers, self.prefill_router is None),
             *(self.reserve == "arrival", self.first_token == "prefill"),
             0 if rule is None else 1 + LOCAL_RULES.index(type(rule)),
             *(length, queue_size, ratio, 1.0 if rule is None else rule.decode_busy_threshold),
         )
         return {
-            "router": router_code(self.router),
+            **router_numbers(self.router, "decode"),
             # The queue for prefill goes to the worker with the fewest requests
-            "prefill_router": router_code(self.prefill_router or LeastOutstandingRouter()),
+            **router_numbers(self.prefill_router or LeastOutstandingRouter(), "prefill"),
             **dict(zip(SPLIT_FIELDS, map(float, split), strict=True)),
             **transfer_numbers(self.transfer),
         }
+
+
+# What can be run and swept
+AnyEngine = Engine | Cluster | DisaggregatedEngine

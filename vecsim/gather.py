@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vecsim.axes import Plan
+from vecsim.axes import TAKEN, Plan
 from vecsim.declaration import Declaration, as_json, to_plain
 from vecsim.kernel.state import Array, TokenRecord
 from vecsim.variables import (
@@ -100,7 +100,9 @@ def axis_coords(plan: Plan) -> dict[str, Any]:
         if not axis.dims:
             continue
         field = axis.path.rpartition(".")[2]
-        attrs = {"long_name": field.replace("_", " ")}
+        # `workers` alone would not tell of which pool
+        named = field if axis.name == axis.path and field in TAKEN else axis.name
+        attrs = {"long_name": named.replace("_", " ").replace(".", " ")}
         if units := field_units(field, plan.engine.is_token):
             attrs["units"] = units
         if axis.is_component:
@@ -133,6 +135,8 @@ FIELD_UNITS = {
     "initial_batch": "requests",
     "target_concurrency": "requests",
     "think_time": "ticks",
+    "bandwidth": "bytes per tick",
+    "kv_bytes_per_token": "bytes",
 }
 
 

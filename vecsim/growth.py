@@ -7,6 +7,7 @@ import numpy as np
 
 from vecsim.axes import plan
 from vecsim.engine import Engine
+from vecsim.fleet import Fleet
 from vecsim.measure import check_limit
 from vecsim.scenarios import lower
 from vecsim.sweep import sweep
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def queue_growth(
-    engine: Engine,
+    engine: Engine | Fleet,
     short: float = 100,
     long: float = 10_000,
     *,
@@ -32,7 +33,7 @@ def queue_growth(
 
     Parameters
     ----------
-    engine : Engine
+    engine : Engine, Cluster or DisaggregatedEngine
         What is simulated.
     short, long : float
         The two time limits [ticks, or seconds in the token model].
@@ -54,8 +55,8 @@ def queue_growth(
     """
     import xarray as xr
 
-    if not isinstance(engine, Engine):
-        raise ValueError(f"engine must be an Engine, got {engine!r}")
+    if not isinstance(engine, Engine | Fleet):
+        raise ValueError(f"engine must be an Engine or a fleet, got {engine!r}")
     short, long = check_limit("short", short), check_limit("long", long)
     if not long > short:
         raise ValueError(f"long (the time limit) must be > short ({short:g}), got {long:g}")

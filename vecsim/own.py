@@ -11,7 +11,12 @@ from vecsim.declaration import shown, suggestion
 RULE_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 # What a function is given
-WHAT = {"tick": "a batch of the tick model", "token": "a batch of the token model", "step": "a step"}
+WHAT = {
+    "tick": "a batch of the tick model",
+    "token": "a batch of the token model",
+    "step": "a step",
+    "router": "a router's view",
+}
 
 
 def stands_for(value: Any) -> bool:
@@ -48,8 +53,8 @@ def check_own(rule: Any, *kinds: str) -> None:
     Parameters
     ----------
     rule : function
-    *kinds : "tick", "token" or "step"
-        A batcher's rule in the tick or the token model, or a step time.
+    *kinds : "tick", "token", "step" or "router"
+        A batcher's rule in the tick or the token model, a step time, or a router.
 
     Raises
     ------
@@ -98,4 +103,5 @@ def _why_not(errors: list[Exception], kinds: tuple[str, ...]) -> str:
         elsewhere = attribute is not None and attribute[1] in fields
         reasons.append((elsewhere, reason + (suggestion(attribute[1], fields) if attribute and not elsewhere else "")))
     there = "; ".join(f"{WHAT[kind]} has {', '.join(GIVEN[kind]._fields)}" for kind in kinds)
-    return f"{'a step' if 'step' in kinds else 'a batch'}: {min(reasons, key=lambda found: found[0])[1]} ({there})"
+    given = WHAT[kinds[0]] if len(kinds) == 1 else "a batch"
+    return f"{given}: {min(reasons, key=lambda found: found[0])[1]} ({there})"

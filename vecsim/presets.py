@@ -19,9 +19,18 @@ from vecsim.batching import (
 from vecsim.declaration import Range, check, refuse_unknown, shown
 from vecsim.engine import Engine
 from vecsim.fits import Fit
+from vecsim.fleet import (
+    DisaggregatedEngine,
+    LengthOrLoadRule,
+    LocalPrefill,
+    PrefillLoadRule,
+    PromptLengthRule,
+    QueueAndLengthRule,
+)
 from vecsim.kv_cache import KVCache
 from vecsim.models import Model
 from vecsim.roofline import RooflineStepTime
+from vecsim.routing import KVAwareRouter, OverlapRouter
 
 Release = Literal["0.6", "0.8", "0.10", "0.12", "0.14", "0.15", "0.16"]
 # Tokens a step that vLLM takes on a large GPU
@@ -29,6 +38,14 @@ LARGE_BUDGET = 8192
 # What such a GPU has at least [bytes]
 LARGE_MEMORY = 70 * 2**30
 Policy = Literal["guaranteed_no_evict", "max_utilization"]
+# Dynamo's policies of prefill on the decode worker, by their names there
+LOCAL: dict[str, LocalPrefill | None] = {
+    "never": None,
+    "isl_bounding": PromptLengthRule(),
+    "prefill_load": PrefillLoadRule(),
+    "isl_or_load": LengthOrLoadRule(),
+}
+LocalPolicy = Literal["never", "isl_bounding", "prefill_load", "isl_or_load"]
 
 
 def _engine(
@@ -239,3 +256,77 @@ def with_memory(engine: Engine, step_time: RooflineStepTime) -> Engine:
         max_num_seqs=engine.max_batch_size,
     )
     return msgspec.structs.replace(engine, kv_cache=msgspec.structs.replace(cache, blocks=blocks))
+
+
+def dynamo_gen1(**fields: Any) -> DisaggregatedEngine:
+    """NVIDIA Dynamo's first generation: one queue for prefill, and short prompts prefilled by their decode worker.
+
+    The decode worker is chosen, and its blocks are reserved, when a request arrives. It prefills the prompt itself if
+    that is of at most 1000 uncached tokens, or 2 requests or more wait for prefill.
+
+    Parameters
+    ----------
+    **fields
+        Of `DisaggregatedEngine`: `prefill`, `decode` and `load_generator` are needed, others replace the usual ones.
+
+    Returns
+    -------
+    DisaggregatedEngine
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value.
+    TypeError
+        When a field is unknown, or a needed one is missing.
+    """
+    usual = {
+        "router": OverlapRouter(),
+        "reserve": "arrival",
+        "first_token": "decode",
+        "local_prefill": QueueAndLengthRule(max_local_prefill_length=1000, max_prefill_queue_size=2),
+    }
+    return _disaggregated("dynamo_gen1", usual, fields)
+
+
+def dynamo_gen2(*, policy: str = "never", **fields: Any) -> DisaggregatedEngine:
+    """NVIDIA Dynamo's second generation: a router picks the prefill worker, and then the one that decodes.
+
+    Parameters
+    ----------
+    policy : "never", "isl_bounding", "prefill_load" or "isl_or_load"
+        Which prompts the decode worker prefills itself: none, or those that `PromptLengthRule`, `PrefillLoadRule` or
+        `LengthOrLoadRule` names, with its defaults.
+    **fields
+        Of `DisaggregatedEngine`: `prefill`, `decode` and `load_generator` are needed, others replace the usual ones.
+
+    Returns
+    -------
+    DisaggregatedEngine
+
+    Raises
+    ------
+    ValueError
+        When the policy is unknown, a field has a wrong value, or `local_prefill` is given beside the policy.
+    TypeError
+        When a field is unknown, or a needed one is missing.
+    """
+    policy = check("policy", policy, (LocalPolicy,), None)
+    if policy != "never" and "local_prefill" in fields:
+        raise ValueError(f"local_prefill must be left out where policy is given, got {shown(fields['local_prefill'])}")
+    usual = {
+        "prefill_router": KVAwareRouter(),
+        "router": KVAwareRouter(),
+        "reserve": "prefill",
+        "first_token": "decode",
+        "local_prefill": LOCAL[policy],
+    }
+    return _disaggregated("dynamo_gen2", usual, fields, "policy")
+
+
+def _disaggregated(preset: str, usual: dict[str, Any], fields: dict[str, Any], *own: str) -> DisaggregatedEngine:
+    """A disaggregated engine with usual values, those that are given instead; `own` are the preset's parameters."""
+    refuse_unknown(preset, fields, (*own, *DisaggregatedEngine.__struct_fields__))
+    if missing := [name for name in ("prefill", "decode", "load_generator") if name not in fields]:
+        raise TypeError(f"{preset} needs {' and '.join(missing)}")
+    return DisaggregatedEngine(**{**usual, **fields})

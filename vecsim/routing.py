@@ -1,6 +1,11 @@
 """Routers: how the worker for a request is chosen."""
 
-from vecsim.declaration import Declaration
+from typing import Annotated, Any, Self
+
+import msgspec
+
+from vecsim.declaration import Declaration, Range, Time
+from vecsim.own import check_own, name_of, named, stands_for
 
 
 class Router(Declaration, frozen=True, kw_only=True, tag=True):
@@ -8,6 +13,10 @@ class Router(Declaration, frozen=True, kw_only=True, tag=True):
 
     What is drawn goes by the seed of the load: the same requests of the same seed meet the same draws.
     """
+
+    def numbers(self) -> tuple[float, ...]:
+        """What a cached block is worth, weight of prefill, temperature, and latency of events [s]."""
+        return 0.0, 0.0, 0.0, 0.0
 
 
 class RoundRobinRouter(Router, frozen=True, kw_only=True, tag=True):
@@ -37,7 +46,114 @@ class SessionRouter(Router, frozen=True, kw_only=True, tag=True):
     """The worker that did the same for the session's last request; new sessions, and requests of none, take turns."""
 
 
-AnyRouter = RoundRobinRouter | RandomRouter | LeastOutstandingRouter | PowerOfTwoRouter | LeastKVRouter | SessionRouter
+class KVAwareRouter(Router, frozen=True, kw_only=True, tag=True):
+    """The worker with the least to do for a request, cached blocks counted (Dynamo's second generation).
+
+    A worker's cost, in blocks: prefill_load_scale x max(those of prompts yet to be computed there + those of this
+    prompt - overlap_credit x those of this prompt that it has cached, 0) + those of the prompts of all requests there.
+    Of equal ones any. Where prefill is kept apart, what is cached doesn't count for the worker that decodes, nor
+    do the requests there for the one that prefills.
+
+    Parameters
+    ----------
+    overlap_credit : float
+        Blocks' worth of a cached one; 0 is to look at the load alone.
+    prefill_load_scale : float
+        Weight of blocks to be computed.
+    temperature : float
+        With 0 the least cost is chosen, else any with weight exp(-cost / temperature), the costs scaled to [0, 1].
+    event_latency : float
+        Seconds from the end of the step in which a worker caches or evicts a block until the router knows.
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value.
+    """
+
+    overlap_credit: Annotated[float, Range(0)] = 1.0
+    prefill_load_scale: Annotated[float, Range(0)] = 1.0
+    temperature: Annotated[float, Range(0)] = 0.0
+    event_latency: Time = 0.0
+
+    def numbers(self) -> tuple[float, ...]:
+        return self.overlap_credit, self.prefill_load_scale, self.temperature, self.event_latency
+
+
+class OverlapRouter(Router, frozen=True, kw_only=True, tag=True):
+    """The worker with the highest score (Dynamo's first generation).
+
+    That is 2 x cached share of the prompt - KV use - share of waiting. KV use is the share of its KV memory in use; the
+    requests that wait there are counted in those of the worker with the most.
+    Of equal ones any.
+
+    Parameters
+    ----------
+    event_latency : float
+        Seconds from the end of the step in which a worker caches or evicts a block until the router knows.
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value.
+    """
+
+    event_latency: Time = 0.0
+
+    def numbers(self) -> tuple[float, ...]:
+        return 1.0, 1.0, 0.0, self.event_latency
+
+
+class CustomRouter(Router, frozen=True, kw_only=True, tag=True):
+    """A rule of the user's own.
+
+    Parameters
+    ----------
+    rule : function
+        Compiled with `numba.njit`. Gets the state of the workers and the request (see
+        `vecsim.kernel.state.RouterView`) and returns the place of a worker; where that could not hold the request, the
+        first that could is chosen. Text of the form "module:name" names one to be imported; so it is written in TOML.
+    event_latency : float
+        Seconds from the end of the step in which a worker caches or evicts a block until the router knows.
+
+    Raises
+    ------
+    ValueError
+        When the function isn't compiled, can't be, or returns no whole number.
+    """
+
+    rule: Any
+    event_latency: Time = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = named(self.rule) if isinstance(self.rule, str) else self.rule
+        check_own(rule, "router")
+        msgspec.structs.force_setattr(self, "rule", rule)
+
+    @classmethod
+    def standing_for(cls, value: Any) -> Self | None:
+        return cls(rule=value) if stands_for(value) else None
+
+    @property
+    def name(self) -> str:
+        return name_of(self.rule)
+
+    def numbers(self) -> tuple[float, ...]:
+        return 1.0, 1.0, 0.0, self.event_latency
+
+
+AnyRouter = (
+    RoundRobinRouter
+    | RandomRouter
+    | LeastOutstandingRouter
+    | PowerOfTwoRouter
+    | LeastKVRouter
+    | SessionRouter
+    | KVAwareRouter
+    | OverlapRouter
+    | CustomRouter
+)
 
 # In the order of the codes of `vecsim.kernel.routing`
 ROUTERS = (
@@ -47,4 +163,7 @@ ROUTERS = (
     PowerOfTwoRouter,
     LeastKVRouter,
     SessionRouter,
+    KVAwareRouter,
+    OverlapRouter,
+    CustomRouter,
 )

@@ -9,9 +9,10 @@ import numpy as np
 
 from vecsim.axes import Plan
 from vecsim.engine import Engine
-from vecsim.fleet import Fleet
+from vecsim.fleet import DisaggregatedEngine, Fleet
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
 from vecsim.measure import check_quantiles, check_times
+from vecsim.paths import PATH_VARIABLES, links_dataset, ttft_parts, workers_dataset
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.sweep.report import has_slo
@@ -69,12 +70,68 @@ class Run:
         import xarray as xr
 
         variables = record_variables(self._single.record, (), (), isinstance(self.engine, Fleet))
+        if (path := self._single.path) is not None:
+            variables |= {
+                variable.name: describe(variable, ("request",), getattr(path, variable.name))
+                for variable in PATH_VARIABLES
+            }
         size = self._single.record.arrived_at.shape[1]
         return xr.Dataset(
             variables,
             {"request": np.arange(size)},
             base_attrs(self.engine, self.time_limit, self.warmup),
         )
+
+    @functools.cached_property
+    def ttft_parts(self) -> "xr.DataArray":
+        """What the time to first token of each request is made of [part, request], seconds.
+
+        Added up in the order of `part`, they are the time to first token to the last bit.
+
+        Raises
+        ------
+        ValueError
+            When prefill isn't kept apart.
+        """
+        engine = self._apart("ttft_parts")
+        overheads = engine.overheads
+        first_by_prefill = engine.first_token == "prefill"
+        return ttft_parts(self.requests, overheads.before_queue, overheads.per_output_token, first_by_prefill)
+
+    @functools.cached_property
+    def links(self) -> "xr.Dataset":
+        """Bytes, seconds and use of each link over the run [link].
+
+        Raises
+        ------
+        ValueError
+            When prefill isn't kept apart.
+        """
+        engine = self._apart("links")
+        assert self._single.path is not None
+        return links_dataset(self._single.path, float(self.metrics.end_time), engine.prefill_workers)
+
+    @functools.cached_property
+    def workers(self) -> "xr.Dataset":
+        """What each worker of a fleet did over the run [worker]; `steps` has it over time.
+
+        Raises
+        ------
+        ValueError
+            When it is no fleet.
+        """
+        if not isinstance(self.engine, Fleet):
+            raise ValueError(f"workers are there for fleets, not for an {type(self.engine).__name__}")
+        assert self._single.steps is not None
+        pools = self.engine.pools
+        blocks = [pool.kv_cache.blocks if pool.kv_cache else None for pool in pools]
+        time = float(self.metrics.end_time)
+        return workers_dataset(self._single.steps, [pool.workers for pool in pools], blocks, time)
+
+    def _apart(self, what: str) -> DisaggregatedEngine:
+        if not isinstance(self.engine, DisaggregatedEngine):
+            raise ValueError(f"{what} are there for a DisaggregatedEngine, not for a {type(self.engine).__name__}")
+        return self.engine
 
     @functools.cached_property
     def steps(self) -> "xr.Dataset":

@@ -20,6 +20,7 @@ from vecsim.kernel.state import (
     StepRecord,
     TokenRecord,
 )
+from vecsim.paths import Path
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed, same_rule
 from vecsim.streams import draw_streams
 from vecsim.threads import INLINE, Workers, available_threads
@@ -88,6 +89,7 @@ class Single(NamedTuple):
     outcome: Outcome | None  # of the tick model
     scratch: Scratch | None
     steps: StepRecord | None  # of the token model
+    path: Path | None = None  # of a fleet that keeps prefill apart
 
 
 class Measured(NamedTuple):
@@ -170,7 +172,7 @@ def _simulate_one_token(table: Table, measured: Measured, workers: Workers) -> S
         if status[0] == DONE and run is not None:
             kept = run.requests
             record = TokenRecord(*(array[:, :kept] for array in results.record))
-            return Single(results.metrics[0], record, None, None, run.steps)
+            return Single(results.metrics[0], record, None, None, run.steps, run.path)
         if status[0] == OUT_OF_STEPS:
             steps *= 4
         else:

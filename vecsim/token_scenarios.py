@@ -121,6 +121,25 @@ class TokenTables:
         return first, len(terms)
 
 
+# The user's own functions of a scenario, where it has none: a batcher's rule, a step time, a router
+NO_RULES = (None, None, None)
+
+
+def functions_of(engine: Engine) -> tuple[Any, Any, Any]:
+    """An engine's functions of the user's own."""
+    batcher, step_time = engine.batcher, engine.step_time
+    return (
+        batcher.rule if isinstance(batcher, CustomBatcher) else None,
+        step_time.rule if isinstance(step_time, CustomStepTime) else None,
+        None,
+    )
+
+
+def place_of(functions: tuple[Any, ...], rules: dict[Any, int]) -> int:
+    """The place of functions of the user's own in all those of a table; -1 if there are none."""
+    return -1 if functions == NO_RULES else rules.setdefault(functions, len(rules))
+
+
 def token_parameters(
     engine: Engine, time_limit: float, shared: TokenTables, rules: dict[Any, int]
 ) -> tuple[list[Stream], dict[str, Any]]:
@@ -139,10 +158,6 @@ def token_parameters(
         shared.class_names = names
     elif shared.class_names != names:
         raise ValueError("the classes' names must be the same throughout a sweep")
-    functions = (
-        batcher.rule if isinstance(batcher, CustomBatcher) else None,
-        step_time.rule if isinstance(step_time, CustomStepTime) else None,
-    )
     row: dict[str, Any] = {
         **policy_of(batcher, engine.max_batch_size, engine.max_model_len, memory["block_size"]),
         **memory,
@@ -175,7 +190,7 @@ def token_parameters(
         "fleet": -1,
         "seed": load.seed,
         "offset": load.stream_offset,
-        "functions": -1 if functions == (None, None) else rules.setdefault(functions, len(rules)),
+        "functions": place_of(functions_of(engine), rules),
         **load.arrival_parameters(),
     }
     if isinstance(load, PiecewiseLoadGenerator):
@@ -204,8 +219,10 @@ def fleet_parameters(
     """
     made = [token_parameters(engine, time_limit, shared, rules) for engine in cluster.engines()]
     streams, rows = made[0][0], [row for _, row in made]
-    if len({row["functions"] for row in rows}) > 1:
-        raise ValueError("the pools of a cluster must have the same rules of one's own, or none")
+    own = {functions_of(engine) for engine in cluster.engines()}
+    if len(own) > 1:
+        raise ValueError("the pools of a fleet must have the same rules of one's own, or none")
+    functions = (*own.pop()[:2], cluster.own_router())
     counts = [pool.workers for pool in cluster.pools]
     blocks = [row["blocks"] for row in rows]
     key = ("fleet", cluster.pools, cluster.overheads.per_step, *cluster.kernel().values())
@@ -220,6 +237,7 @@ def fleet_parameters(
         else sum(size * count for size, count in zip(blocks, counts, strict=True)),
         "caching": any(row["caching"] for row in rows),
         "needs_budget": False,
+        "functions": place_of(functions, rules),
         "fleet": place,
     }
     return streams, row

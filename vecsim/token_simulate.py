@@ -22,9 +22,11 @@ from vecsim.kernel.state import (
     TokenScratch,
     TokenStreams,
     TokenWork,
+    Transfer,
 )
 from vecsim.lengths import MOST_TOKENS
 from vecsim.load import OUTPUT, PROMPT, TURNS
+from vecsim.paths import Path, path_of
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_rule
 from vecsim.series import total_over_time
 from vecsim.streams import draw_streams, values_of
@@ -39,6 +41,7 @@ class TokenRun(NamedTuple):
 
     requests: int
     steps: StepRecord
+    path: Path | None  # of a fleet that keeps prefill apart
 
 
 def run_token_block(
@@ -66,6 +69,8 @@ def run_token_block(
     """
     from vecsim.kernel.custom import token_kernel
     from vecsim.kernel.token_record import write_token_record
+    from vecsim.kernel.token_state import STATE, UNSEEN
+    from vecsim.token_scenarios import NO_RULES
 
     shared = table.token
     assert shared is not None
@@ -94,7 +99,7 @@ def run_token_block(
         )  # fmt: skip
 
     kernels = {
-        rule: token_kernel(table.rules[rule] if rule >= 0 else (None, None), job()) for rule in set(block.own.tolist())
+        rule: token_kernel(table.rules[rule] if rule >= 0 else NO_RULES, job()) for rule in set(block.own.tolist())
     }
 
     def run_some(first: int, last: int) -> tuple[int, int]:
@@ -121,7 +126,8 @@ def run_token_block(
             made = trimmed(own.record, own.room[1])
             if keeps_requests:
                 kept = write_token_record(row, requests, job(), results.record)
-                latest["run"] = TokenRun(kept, made)
+                fleet, came = own.room[2], own.room[1].own[STATE, :requests] != UNSEEN
+                latest["run"] = TokenRun(kept, made, path_of(fleet, came) if room.moves else None)
             if keeps_queue:
                 results.queue[row] = queue_at(measured.instants, made)
 
@@ -209,7 +215,15 @@ class Room:
     """How much room a thread needs for the largest scenario of a block."""
 
     def __init__(self, table: Table, block: Block, numbers: Streams, streams: TokenStreams) -> None:
-        from vecsim.kernel.token_scenarios import FIELDS, SPLIT, WORKERS
+        from vecsim.kernel.token_scenarios import (
+            FIELDS,
+            PREFILL_ROUTER,
+            ROUTER,
+            ROUTER_FIELDS,
+            SPLIT,
+            TRANSFER,
+            WORKERS,
+        )
 
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
@@ -222,7 +236,13 @@ class Room:
         self.caching = bool(column["caching"].any())
         fleets = streams.fleets[np.unique(column["fleet"][column["fleet"] >= 0]).astype(np.int64)]
         self.workers = int(fleets[:, WORKERS].max(initial=0))
+        credits = fleets[:, [at + ROUTER_FIELDS.index("credit") for at in (ROUTER, PREFILL_ROUTER)]]
+        self.looks_inside = self.caching and bool(credits.any())
         self.moves = bool(fleets[:, SPLIT].any())
+        merging = fleets[:, TRANSFER + Transfer._fields.index("merges")] != 0
+        most = streams.groups[:, FIELDS.index("blocks")].max(initial=0)
+        self.placed = int(most) if merging.any() else 0
+        self.first_fit = bool(fleets[merging, TRANSFER + Transfer._fields.index("first_fit")].any())
         self.kinds = len(streams.groups)
         self.worker_slots = int(streams.groups[:, FIELDS.index("slots")].max(initial=0)) + 1
         self.ring = 1 << max(3, (self.longest + 2).bit_length())
@@ -257,7 +277,8 @@ class Room:
 
         numbers = 8.0 * (token_state.COUNTS + token_state.SUMS + self.classes + 4)
         batch = 4.0 * (2 * self.ring + self.block_size + 12 * self.worker_slots + 64)
-        return numbers + batch + 4.0 * (NODE_ROWS * self.nodes + self.ids) * self.caching
+        known = 16.0 * self.ids * self.looks_inside
+        return numbers + batch + known + 4.0 * (NODE_ROWS * self.nodes + self.ids) * self.caching
 
     def _blocks(
         self, column: dict[str, Array], block: Block, numbers: Streams, streams: TokenStreams
@@ -352,6 +373,10 @@ class Room:
         from vecsim.kernel import handover, token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
         from vecsim.kernel.links import links_for
+        from vecsim.kernel.places import CHAIN_ROWS, SIDES
+        from vecsim.kernel.routing import SURVEY_ROWS
+        from vecsim.kernel.runs import allocator_for
+        from vecsim.kernel.seen import places
         from vecsim.kernel.world import BETWEEN
 
         workers, slots = self.workers, self.worker_slots
@@ -370,6 +395,10 @@ class Room:
             blocks=number(workers),
             fits=np.zeros(self.kinds, np.uint8),
             sent=number(workers),
+            sent_blocks=number(workers),
+            sent_new=number(workers),
+            expected=whole(n),
+            survey=np.zeros((SURVEY_ROWS, workers)),
             turn=number(2),
             before=whole(n),
             clock=np.empty(2 * leaves),
@@ -377,6 +406,12 @@ class Room:
             way=whole(handover.WAY_ROWS, n),
             instants=np.zeros((handover.INSTANT_ROWS, moving)),
             moved=np.zeros(moving),
+            left=np.zeros(moving),
+            runs=whole(moving),
+            allocator=allocator_for(workers, self.placed, self.first_fit),
+            next_block=whole(workers, self.placed),
+            chains=whole(SIDES * CHAIN_ROWS, moving if self.placed else 0),
+            places=whole(SIDES, self.placed + 1),
             timers=whole(moving),
             between=number(BETWEEN),
             waiting=number(2 * workers),
@@ -405,6 +440,7 @@ class Room:
             starving=whole(workers, 2 * slots),
             nodes=whole(workers, NODE_ROWS, self.nodes if self.caching else 0),
             node_of=whole(workers, self.ids if self.caching else 0),
+            seen=np.zeros((workers, places(self.ids) if self.looks_inside else 0)),
         )
 
 

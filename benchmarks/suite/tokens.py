@@ -38,6 +38,38 @@ def replicas(workers, requests, router=None):
     )
 
 
+def disaggregated(requests):
+    """Two workers that prefill and two that decode, joined by links of 50 GB/s."""
+    pool = sim.Pool(
+        workers=2,
+        max_batch_size=256,
+        step_time=sim.LinearStepTime(base=6e-3, per_request=6e-5, per_prefill_token=4e-5),
+        kv_cache=sim.KVCache(blocks=4000),
+    )
+    return sim.DisaggregatedEngine(
+        prefill=pool,
+        decode=pool,
+        transfer=sim.KVTransfer(bandwidth=50e9, kv_bytes_per_token=131_072),
+        load_generator=sim.PoissonLoadGenerator(
+            request_rate=16,
+            requests=requests,
+            prompt_tokens=sim.LogNormal(mean=1155, std=1000),
+            output_tokens=sim.LogNormal(mean=211, std=160),
+        ),
+    )
+
+
+def ten_thousand(tiny=False):
+    """Axes of 10,000 scenarios of it: shares of the workers x rates x bandwidths x seeds; some of them if `tiny`."""
+    return {
+        "prefill_workers": [1, 2, 3, 4] if not tiny else [1],
+        "decode_workers": [1, 2, 3, 4, 6] if not tiny else [2],
+        "request_rate": [8, 16, 24, 32, 48] if not tiny else [8],
+        "bandwidth": [1e9, 5e9, 11e9, 25e9, 50e9] if not tiny else [1e9, 50e9],
+        "seed": range(20 if not tiny else 2),
+    }
+
+
 def conversations(batcher="token budget", **load):
     """Lengths as in conversations, finite KV memory."""
     usual = {
@@ -90,6 +122,20 @@ class Replicas:
         return 1e9 * cases.seconds(lambda: sim.sweep(self.cluster, **self.axes), repeat) / self.steps
 
     track_step.unit = "ns/step"
+
+
+class Disaggregated:
+    """A sweep of 10,000 disaggregated fleets over shares of workers, loads and bandwidths, two threads."""
+
+    timeout = 600
+
+    def setup(self):
+        self.engine = disaggregated(20 if cases.TINY else 1_000)
+        self.axes = {**ten_thousand(cases.TINY), "threads": 2, "progress": False}
+        sim.sweep(disaggregated(20), **ten_thousand(True), progress=False)  # compiles
+
+    def time_sweep(self):
+        sim.sweep(self.engine, **self.axes)
 
 
 class Schedulers:

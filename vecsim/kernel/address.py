@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from vecsim.kernel.links import links_for
 from vecsim.kernel.placed import Placed
+from vecsim.kernel.runs import allocator_for
 from vecsim.kernel.state import (
     Array,
     Batch,
@@ -26,6 +27,7 @@ from vecsim.kernel.state import (
     Policy,
     Requests,
     Router,
+    RouterView,
     Split,
     StepBatch,
     StepModel,
@@ -55,8 +57,11 @@ FLOATS, WHOLES, NUMBERS, BYTES = (np.empty(0, kind) for kind in KINDS)
 FLOAT_ROWS, WHOLE_ROWS, NUMBER_ROWS, _ = (np.empty((0, 0), kind) for kind in KINDS)
 
 # What a function of the user's own is given
-GIVEN: dict[str, Any] = {"tick": Batch, "token": TokenBatch, "step": StepBatch}
-BATCHES = {kind: numba.typeof(like(given)) for kind, given in GIVEN.items()}
+GIVEN: dict[str, Any] = {"tick": Batch, "token": TokenBatch, "step": StepBatch, "router": RouterView}
+BATCHES = {
+    kind: numba.typeof(like(given, **dict.fromkeys(given._fields[:8], FLOATS) if kind == "router" else {}))
+    for kind, given in GIVEN.items()
+}
 
 # The arguments of the step loop of each model, in their order
 TICK_LOOP = (
@@ -99,6 +104,7 @@ TOKEN_TUPLES = (
         own=BYTES,
         ids=(NUMBERS, 1, NUMBERS, WHOLES, NUMBERS, NUMBERS),
         own_start=NUMBERS,
+        seen=FLOATS,
     ),
     like(StepRecord, times=FLOAT_ROWS, counts=NUMBER_ROWS),
 )
@@ -126,12 +132,17 @@ WORLD = Placed(
             fleet=like(
                 Fleet,
                 links=links_for(0, 0),
-                **dict.fromkeys(("blocks", "sent", "turn", "between", "waiting", "unmeasured"), NUMBERS),
+                allocator=allocator_for(0, 0, False),
+                **dict.fromkeys(
+                    ("blocks", "sent", "sent_blocks", "sent_new", "turn", "between", "waiting", "unmeasured"), NUMBERS
+                ),
                 **dict.fromkeys(("counts", "late"), NUMBER_ROWS),
-                **dict.fromkeys(("clock", "moved", "bandwidths"), FLOATS),
-                **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at"), FLOAT_ROWS),
+                **dict.fromkeys(("clock", "moved", "left", "bandwidths"), FLOATS),
+                **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at", "seen", "survey"), FLOAT_ROWS),
                 **dict.fromkeys(("fits", "own_blocks"), BYTES),
-                **dict.fromkeys(("way", "own", "owned", "node_of", *SLOTS), WHOLE_ROWS),
+                **dict.fromkeys(
+                    ("way", "own", "owned", "node_of", "next_block", "chains", "places", *SLOTS), WHOLE_ROWS
+                ),
                 nodes=np.empty((0, 0, 0), np.int32),
             ),
             split=like(Split),
@@ -190,6 +201,7 @@ def caller(kinds: tuple[Any, ...], returned: Any) -> Any:
 
 
 call_rule = caller((BATCHES["token"],), COUNT)
+call_router = caller((BATCHES["router"],), COUNT)
 call_step_time = caller((BATCHES["step"],), TIME)
 call_token_loop = caller(TOKEN_LOOP, COUNT)
 call_fleet_loop = caller((WORLD,), COUNT)

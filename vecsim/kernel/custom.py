@@ -106,15 +106,16 @@ def compile_beside(kinds: tuple[Any, ...]) -> "subprocess.Popen[bytes]":
     return helper
 
 
-def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
-    """`run_token_scenarios` with a batcher's rule and a step time of the user's own, None where there is none."""
+def token_kernel(own: tuple[Any, Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
+    """`run_token_scenarios` with a rule, step time and router of the user's own, None where there is none."""
     from vecsim.kernel.token import simulate
     from vecsim.kernel.token_scenarios import run_token_scenarios
 
-    rule, step_time = own
+    rule, step_time, router = own
     rule_at = rule_address(rule, "token", COUNT)[1] if rule is not None else 0
     step_time_at = rule_address(step_time, "step", TIME)[1] if step_time is not None else 0
-    kinds = (COUNT, COUNT, COUNT, COUNT, COUNT, COUNT, numba.typeof(job))
+    router_at = rule_address(router, "router", COUNT)[1] if router is not None else 0
+    kinds = (*[COUNT] * 7, numba.typeof(job))
     helper = None
     if not (is_compiled("simulate") or is_compiled("run_token_scenarios")):
         helper = compile_beside(kinds)
@@ -126,7 +127,8 @@ def token_kernel(own: tuple[Any, Any], job: TokenJob) -> Callable[[int, int, Tok
         fleet_loop = address_of(simulate_fleet, (WORLD,), COUNT)
     if helper is not None:
         helper.wait()
-    run = functools.partial(compiled(run_token_scenarios, kinds).entry_point, loop, fleet_loop, rule_at, step_time_at)
+    scenarios = compiled(run_token_scenarios, kinds).entry_point
+    run = functools.partial(scenarios, loop, fleet_loop, rule_at, step_time_at, router_at)
     names = " or ".join(function.py_func.__name__ for function in own if function is not None)
 
     return guarded(run, names) if names else run

@@ -33,7 +33,8 @@ from vecsim.kernel.handover import (
 )
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
-from vecsim.kernel.routing import DECODES_AT, LEAST_KV, route
+from vecsim.kernel.places import DESTINATION, free_places, reset_places
+from vecsim.kernel.routing import DECODES_AT, looks_inside, route
 from vecsim.kernel.state import (
     BEGINS,
     COASTING,
@@ -55,6 +56,7 @@ from vecsim.kernel.token import (
     reset_requests,
     take_arrival,
 )
+from vecsim.kernel.token_scenarios import memory_of
 from vecsim.kernel.token_state import (
     BACKLOG,
     BUSY,
@@ -90,6 +92,7 @@ from vecsim.kernel.token_state import (
     TOKENS,
     USED,
     WAITING,
+    blocks_for,
 )
 from vecsim.kernel.world import (
     TROUBLE,
@@ -97,6 +100,7 @@ from vecsim.kernel.world import (
     bring_up,
     is_behind,
     judge,
+    kind_of,
     note_load,
     prefills_only,
     send,
@@ -117,7 +121,10 @@ def reset(world):
     work.sums[:] = 0.0
     reset_requests(work.own, work.times, cache.owned, requests, cache.owned.size > 0)
     fleet.before[:requests] = -1
-    fleet.sent[:] = 0
+    for worker in range(fleet.group.size):
+        fleet.sent[unsigned(worker)] = 0
+        fleet.sent_blocks[unsigned(worker)] = 0
+        fleet.sent_new[unsigned(worker)] = 0
     fleet.turn[:] = 0
     fleet.clock[:] = np.inf
     fleet.loads[:] = np.inf
@@ -126,6 +133,8 @@ def reset(world):
         visit(world, worker, whole(BEGINS), 0.0)
         fleet.blocks[unsigned(worker)] = fleet.counts[unsigned(worker), FREE]
         note_load(world, worker)
+    if world.transfer.merges:
+        reset_places(world)
 
 
 @bare
@@ -133,21 +142,24 @@ def arrive(world, request, t):
     """A request has come to the router; returns whether the one after it could be issued."""
     fleet, work = world.fleet, world.work
     turn = fleet.turn[world.router.place]
-    worker = route(fleet, world.router, request, judge(world, world.router, request))
+    worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
         work.counts[ENQUEUED] += 1
         work.counts[DROPPED] += 1
         work.own[STATE, unsigned(request)] = DROPPED_AT_ONCE
         return issue_after_drop(work, world.load, t)
     bring_up(world, worker, t)
-    if world.split.prefill_workers > 0 and is_remote(world, request, worker):
+    expected = fleet.expected[unsigned(request)]
+    if world.split.prefill_workers > 0 and is_remote(world, request, worker, t):
+        fleet.expected[unsigned(request)] = expected  # which the other router may have changed
         if not world.split.reserves_first:  # it was only asked for
             fleet.turn[world.router.place] = turn
         go_elsewhere(world, request, worker, t)
         return True
     fleet.way[DECODES_AT, unsigned(request)] = worker
+    fleet.expected[unsigned(request)] = expected
     work.own[COMPUTED, unsigned(request)] = work.own[GENERATED, unsigned(request)] = 0
-    assign(world, worker)
+    assign(world, request, worker, whole(1))
     send(world, request, worker, t)
     return True
 
@@ -158,10 +170,10 @@ def let_others_know(world, worker, t):
 
     Returns whether what follows them could be issued.
     """
-    fleet = world.fleet
+    fleet, load = world.fleet, world.load
     w = unsigned(worker)
     first = whole(fleet.counts[w, REPORTED])
-    report(fleet.counts[w])
+    report(fleet.counts[w], fleet.own if prefills_only(world, worker) else world.work.own, fleet.ended[w])
     note_load(world, worker)
     for i in range(first, fleet.counts[w, ENDED]):
         request = whole(fleet.ended[w, unsigned(i)])
@@ -169,6 +181,11 @@ def let_others_know(world, worker, t):
             if not prefilled(world, request, worker, t):
                 return False
             continue
+        if world.transfer.merges:
+            memory = memory_of(world.groups[kind_of(world, worker)])
+            tokens = load.prompt_tokens[unsigned(request)] + load.output_tokens[unsigned(request)] - 1
+            held = blocks_for(whole(tokens), memory.block_size, memory.shift)
+            free_places(world, whole(DESTINATION), request, worker, held)
         if not is_answered(world, request, t):
             return False
     return True
@@ -213,7 +230,7 @@ def go_on(world, worker, kind, due, users_wait):
     if not measures:
         until = min(until, world.warmup)
         horizon = min(horizon, world.warmup)
-    fleet.sums[w, HORIZON] = horizon if world.router.code != LEAST_KV else 0.0
+    fleet.sums[w, HORIZON] = 0.0 if looks_inside(world.router) or looks_inside(world.prefill_router) else horizon
     if users_wait or world.split.prefill_workers > 0:
         tree.put(fleet.clock, worker, np.inf)
         until = min(until, fleet.clock[1])
@@ -263,6 +280,7 @@ def simulate_fleet(world):
     static_due = due_at(load, 0, static)
     dynamic_due = moving_due = np.inf
     events = 0
+    now = 0.0
     while between[TROUBLE] == DONE:
         events += 1
         if events & (WATCH - 1) == 0 and world.stop[0]:
@@ -274,6 +292,7 @@ def simulate_fleet(world):
         t = min(moving_due, due, fleet.clock[1])
         if t >= time_limit or t == np.inf:
             break
+        now = t
         issued = True
         if moving_due == t:
             move_on(world, t)
@@ -284,7 +303,7 @@ def simulate_fleet(world):
             worker = tree.first(fleet.clock)
             w = unsigned(worker)
             prefills, waits = prefills_only(world, worker), fleet.waiting[unsigned(2 * worker)] >= 0
-            stops = users_wait or prefills or waits
+            stops = users_wait or prefills or waits or world.transfer.merges
             if stops and is_behind(world, worker, t):
                 bring_up(world, worker, t)
                 tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
@@ -308,6 +327,8 @@ def simulate_fleet(world):
     if apart:
         join(world)
     gather(world, status)
+    if apart:
+        links.settle(fleet.links, max(work.sums[END_TIME], now))
     return status
 
 

@@ -8,6 +8,7 @@ from vecsim.kernel.heap import pop, push
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.placed import fetched
+from vecsim.kernel.places import DESTINATION, SOURCE, free_places, runs_to_move, take_places
 from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, could_hold, not_started, outstanding, route
 from vecsim.kernel.state import RESERVED
 from vecsim.kernel.token import follow_up, let_ended_go, reset_requests
@@ -15,6 +16,7 @@ from vecsim.kernel.token_batch import give_back, reservation, take_blocks, yield
 from vecsim.kernel.token_scenarios import memory_of, policy_of
 from vecsim.kernel.token_state import (
     BACKLOG,
+    BLOCKS,
     COMPUTED,
     DECODING,
     ENDED,
@@ -29,6 +31,7 @@ from vecsim.kernel.token_state import (
     KV,
     LAST_AT,
     LEFT,
+    LEFT_BLOCKS,
     PINNED,
     PREEMPTIONS,
     PREFILL,
@@ -215,6 +218,7 @@ def reset_handover(world, requests):
         fleet.bandwidths[split.prefill_workers : workers] = transfer.destination_bandwidth
         fleet.bandwidths[workers] = transfer.fabric_bandwidth
         links.reset(fleet.links, fleet.bandwidths)
+        fleet.runs[:requests] = 0
 
 
 @bare
@@ -225,7 +229,7 @@ def arrive_at_prefill(world, request, worker, t):
     fleet.way[PREFILLS_AT, r] = worker
     fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
     fleet.own[KV, r] = PINNED
-    assign(world, worker)
+    assign(world, request, worker, whole(1))
     send(world, request, worker, t)
 
 
@@ -260,7 +264,7 @@ def go_to_prefill(world, request, t):
     fleet.instants[TO_PREFILL_AT, unsigned(request)] = t
     able = judge(world, world.prefill_router, request)
     if not world.split.queued:
-        arrive_at_prefill(world, request, route(fleet, world.prefill_router, request, able), t)
+        arrive_at_prefill(world, request, route(world, world.prefill_router, request, able, t), t)
         return
     worker = idle_prefill_worker(world) if fleet.between[QUEUE_FIRST] < 0 else -1
     if worker >= 0:
@@ -306,7 +310,8 @@ def name_ended(world, worker):
         named = whole(cache.owned[kv.NAMED, r])
         if full > named:
             kv.name(
-                fleet.counts[w], cache.nodes, cache.node_of, cache.own, cache.ids, own_start, request, named, full
+                fleet.counts[w], cache.nodes, cache.node_of, cache.seen, cache.own, cache.ids, own_start, request,
+                named, full,
             )  # fmt: skip
             cache.owned[kv.NAMED, r] = full
 
@@ -325,6 +330,10 @@ def try_to_reserve(world, request, worker, t):
     ):  # fmt: skip
         return False
     fleet.instants[RESERVED_AT, unsigned(request)] = t
+    if world.transfer.merges:
+        own, size = world.work.own, memory_of(p).block_size
+        r = unsigned(request)
+        take_places(world, whole(DESTINATION), request, worker, whole(own[HELD, r]) - whole(own[HIT, r]) // size)
     note_load(world, worker)
     look_again(world, worker)  # it may run out of blocks earlier now
     return True
@@ -392,12 +401,44 @@ def move(world, request, t):
     tokens = whole(world.load.prompt_tokens[r]) - world.work.own[HIT, r]
     fleet.instants[TRANSFER_AT, r] = t
     fleet.moved[r] = tokens * transfer.bytes_per_token
+    fleet.left[r] = 1.0
     blocks = (tokens + size - 1) // size
-    setup = transfer.latency + blocks * transfer.descriptors_per_run * transfer.descriptor_cost
+    stretches = blocks
+    if transfer.merges:
+        source, destination = whole(fleet.way[PREFILLS_AT, r]), whole(fleet.way[DECODES_AT, r])
+        stretches = runs_to_move(world, request, source, destination, whole(world.work.own[HIT, r]) // size, blocks)
+    fleet.runs[r] = stretches
+    setup = transfer.latency + stretches * transfer.descriptors_per_run * transfer.descriptor_cost
+    if transfer.overlapped_layers > 1:
+        setup *= overlap(world, request, setup)
     if setup > 0.0:
         set_timer(world, request, t + setup, whole(FLOW))
     else:
         flow(world, request, t)
+
+
+@bare
+def overlap(world, request, setup):
+    """The share of a transfer that is left when the prefill ends, since layers move as they are computed.
+
+    As if it had been alone until then: each part of it has gone on as far as the whole, but for the last layer.
+    """
+    fleet, transfer = world.fleet, world.transfer
+    r = unsigned(request)
+    layers = transfer.overlapped_layers
+    slowest = min(transfer.source_bandwidth, transfer.destination_bandwidth, transfer.fabric_bandwidth)
+    alone = setup + fleet.moved[r] / slowest + transposition(world, request)
+    prefill = fleet.instants[PREFILLED_AT, r] - fleet.times[STARTED_AT, r]
+    visible = max(alone / layers, alone - prefill * (layers - 1) / layers)
+    fleet.left[r] = visible / alone if alone > 0.0 else 1.0
+    return fleet.left[r]
+
+
+@inlined
+def transposition(world, request):
+    """Seconds to rearrange what has come."""
+    moved, transfer = world.fleet.moved[unsigned(request)], world.transfer
+    return moved * transfer.transpose_per_byte + transfer.transpose_launch if moved > 0.0 else 0.0
 
 
 @bare
@@ -408,9 +449,9 @@ def flow(world, request, t):
     if fleet.moved[r] == 0.0 or transfer.unlimited:
         all_flowed(world, request, t)
         return
-    fabric = whole(fleet.sent.size) if transfer.fabric_bandwidth < np.inf else whole(links.NO_LINK)
+    fabric = whole(fleet.group.size) if transfer.fabric_bandwidth < np.inf else whole(links.NO_LINK)
     source, destination = whole(fleet.way[PREFILLS_AT, r]), whole(fleet.way[DECODES_AT, r])
-    links.begin(fleet.links, t, whole(request), source, destination, fabric, fleet.moved[r])
+    links.begin(fleet.links, t, whole(request), source, destination, fabric, fleet.left[r] * fleet.moved[r])
 
 
 @bare
@@ -418,9 +459,7 @@ def all_flowed(world, request, t):
     """All bytes of a transfer are there: it is noticed now or later."""
     fleet, transfer = world.fleet, world.transfer
     r = unsigned(request)
-    at = t
-    if fleet.moved[r] > 0.0 and transfer.transpose_launch > 0.0:
-        at += fleet.moved[r] * transfer.transpose_per_byte + transfer.transpose_launch
+    at = t + fleet.left[r] * transposition(world, request)
     if transfer.polling > 0.0:
         at = noticed_at(fleet.instants[TRANSFER_AT, r], at, transfer.polling)
     if at > t:
@@ -449,10 +488,12 @@ def unpin(world, request, t):
     """Free what a request holds at its prefill worker; what has a slot there still, when it leaves that."""
     fleet = world.fleet
     r = unsigned(request)
+    worker = whole(fleet.way[PREFILLS_AT, r])
+    if world.transfer.merges:
+        free_places(world, whole(SOURCE), request, worker, whole(0))
     if fleet.own[KV, r] == PINNED:
         fleet.own[KV, r] = 0
         return
-    worker = whole(fleet.way[PREFILLS_AT, r])
     free_all(world, request, worker, whole(world.load.prompt_tokens[r]))
     tell_of_room(world, worker, t)
 
@@ -473,6 +514,10 @@ def prefilled(world, request, worker, t):
     fleet, split, work, load = world.fleet, world.split, world.work, world.load
     r = unsigned(request)
     fleet.instants[PREFILLED_AT, r] = t
+    if world.transfer.merges:
+        memory = memory_of(world.groups[kind_of(world, worker)])
+        blocks = blocks_for(whole(load.prompt_tokens[r]), memory.block_size, memory.shift)
+        take_places(world, whole(SOURCE), request, worker, blocks)
     if split.first_by_prefill:
         work.times[FIRST_AT, r] = work.times[LAST_AT, r] = t
         if load.output_tokens[r] == 1:
@@ -486,9 +531,9 @@ def prefilled(world, request, worker, t):
     if split.reserves_first:
         move(world, request, t)
     else:
-        at = route(fleet, world.router, request, judge(world, world.router, request))
+        at = route(world, world.router, request, judge(world, world.router, request), t)
         fleet.way[DECODES_AT, r] = at
-        assign(world, at)
+        assign(world, request, at, whole(0))
         reserve_or_wait(world, request, t)
     return True
 
@@ -508,7 +553,10 @@ def release(world, request, t):
     worker = whole(world.fleet.way[DECODES_AT, unsigned(request)])
     bring_up(world, worker, t)
     world.fleet.counts[unsigned(worker), LEFT] += 1
+    world.fleet.counts[unsigned(worker), LEFT_BLOCKS] += world.work.own[BLOCKS, unsigned(request)]
     free_all(world, request, worker, whole(world.work.own[HIT, unsigned(request)]))
+    if world.transfer.merges:
+        free_places(world, whole(DESTINATION), request, worker, whole(0))
     look_again(world, worker)
     retry(world, worker, t)
     tell_of_room(world, worker, t)
@@ -524,14 +572,14 @@ def go_elsewhere(world, request, worker, t):
     work.counts[ENQUEUED] += 1
     if world.split.reserves_first:
         fleet.way[DECODES_AT, r] = worker
-        assign(world, worker)
+        assign(world, request, worker, whole(0))
         reserve_or_wait(world, request, t)
     else:
         go_to_prefill(world, request, t)
 
 
 @bare
-def is_remote(world, request, worker):
+def is_remote(world, request, worker, t):
     """Whether a request is prefilled elsewhere than at its decode worker."""
     fleet, split = world.fleet, world.split
     w = unsigned(worker)
@@ -551,7 +599,7 @@ def is_remote(world, request, worker):
         for other in range(split.prefill_workers):
             waiting += not_started(fleet, other)
         turn = fleet.turn[world.prefill_router.place]
-        chosen = route(fleet, world.prefill_router, request, able)
+        chosen = route(world, world.prefill_router, request, able, t)
         fleet.turn[world.prefill_router.place] = turn
         busy = outstanding(fleet, chosen) > 0
     return not local(split, prompt, hit, used, busy, waiting)

@@ -3,9 +3,10 @@
 Free blocks form a queue, the least recently used first. A node of it is one block of a shared id, or a run of blocks
 of one request, or of blocks that nobody can find: so the growth of decoding requests costs O(1) a step, and a
 request costs O(blocks of its prompt that have ids). What decoding fills is named only when the request leaves, since
-nobody can look for it before.
+nobody can look for it before. `seen` is empty where nobody else looks, else as in `vecsim.kernel.seen`.
 """
 
+from vecsim.kernel import seen as views
 from vecsim.kernel.jit import bare, unsigned
 
 # Places in `counters`
@@ -24,7 +25,7 @@ OWNED_ROWS = 3
 
 
 @bare
-def reset(counters, nodes, node_of, blocks):
+def reset(counters, nodes, node_of, seen, blocks):
     """All blocks free, none named. O(ids)."""
     counters[SPARE] = 0
     counters[UNUSED] = 1
@@ -32,6 +33,8 @@ def reset(counters, nodes, node_of, blocks):
     nodes[NEXT, 0] = 0
     nodes[PREVIOUS, 0] = 0
     node_of[:] = -1
+    if seen.size > 0:
+        views.reset(seen)
     push(counters, nodes, ANONYMOUS, blocks, False)
 
 
@@ -89,7 +92,7 @@ def push(counters, nodes, key, count, front):
 
 
 @bare
-def take(counters, nodes, node_of, owned, count):
+def take(counters, nodes, node_of, seen, owned, count):
     """Take blocks from the front of the queue; what was cached in them is forgotten. O(nodes taken)."""
     while count > 0:
         node = int(nodes[NEXT, 0])
@@ -109,6 +112,7 @@ def take(counters, nodes, node_of, owned, count):
                 owned[RUN_NODE, unsigned(RUN - key)] = -1
             elif key >= 0:
                 node_of[unsigned(key)] = -1
+                views.note(seen, key, views.EVICTED)
 
 
 @bare
@@ -128,7 +132,7 @@ def block_id(ids, request, place):
 
 
 @bare
-def name(counters, nodes, node_of, own, ids, own_start, request, first, last):
+def name(counters, nodes, node_of, seen, own, ids, own_start, request, first, last):
     """Name a request's held blocks [first, last), which are full; where the id is taken the block stays its own."""
     for place in range(first, last):
         id_ = unsigned(block_id(ids, request, place))
@@ -136,6 +140,7 @@ def name(counters, nodes, node_of, own, ids, own_start, request, first, last):
             node = new_node(counters, nodes, id_, 1)
             nodes[REFERENCES, unsigned(node)] = 1
             node_of[id_] = node
+            views.note(seen, id_, views.NAMED)
             own[unsigned(own_start + place)] = 0
         else:
             own[unsigned(own_start + place)] = 1
@@ -187,7 +192,9 @@ def claim(counters, nodes, node_of, owned, own, ids, shared, own_start, request,
 
 
 @bare
-def release(counters, nodes, node_of, owned, own, ids, shared, own_start, request, held, full, returns, front):
+def release(
+    counters, nodes, node_of, seen, owned, own, ids, shared, own_start, request, held, full, returns, front
+):  # fmt: skip
     """Free a request's blocks, the deepest first. O(its blocks with given ids).
 
     Parameters
@@ -201,13 +208,14 @@ def release(counters, nodes, node_of, owned, own, ids, shared, own_start, reques
     """
     named = int(owned[NAMED, unsigned(request)])
     if named < min(full, shared):
-        name(counters, nodes, node_of, own, ids, own_start, request, named, min(full, shared))
+        name(counters, nodes, node_of, seen, own, ids, own_start, request, named, min(full, shared))
         named = min(full, shared)
     for place in range(full, named):  # named when a step was formed that it was taken out of
         if not own[unsigned(own_start + place)]:
-            id_ = unsigned(block_id(ids, request, place))
-            drop_node(counters, nodes, int(node_of[id_]))
+            id_ = int(block_id(ids, request, place))
+            drop_node(counters, nodes, int(node_of[unsigned(id_)]))
             node_of[id_] = -1
+            views.note(seen, id_, views.EVICTED)
     named = min(named, full)
     owned[NAMED, unsigned(request)] = 0
     own_full = max(full - shared, 0)  # of its own run

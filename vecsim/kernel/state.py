@@ -322,6 +322,33 @@ class Router(NamedTuple):
     place: int  # 0 where it chooses who decodes, 1 where it chooses who prefills
     first: int  # worker that it can choose
     number: int  # of workers from there on
+    credit: float  # blocks' worth of a cached block; 0: the router doesn't look
+    scale: float  # weight of prefill against decode
+    decode_counts: bool  # whether blocks of requests that decode count
+    temperature: float
+    latency: float  # seconds until what is cached is known
+    rule: int  # address of the user's own
+
+
+class RouterView(NamedTuple):
+    """What a router of the user's own is given: its workers [worker], and the request.
+
+    It returns the place of one of them; where that could not hold the request, the first that could is chosen.
+    """
+
+    able: Array  # 1 where the worker could ever hold the request
+    outstanding: Array  # requests sent there that have not ended
+    waiting: Array  # of these, those that wait
+    running: Array  # and those that have a slot
+    kv_use: Array  # share of the KV memory in use
+    hit_blocks: Array  # blocks that the prompt begins with and that the worker is known to have cached
+    prefill_blocks: Array  # blocks of prompts that are yet to be computed
+    decode_blocks: Array  # blocks of the prompts of all requests there
+    prompt_tokens: int
+    prompt_blocks: int
+    bound: int  # worker that served the session before; below 0 if there is none
+    request: int  # its number
+    now: float  # seconds
 
 
 class Split(NamedTuple):
@@ -348,6 +375,9 @@ class Transfer(NamedTuple):
     descriptor_cost: float
     descriptors_per_run: int
     bytes_per_token: float
+    merges: bool  # blocks that are neighbours on both sides are one run
+    first_fit: bool  # allocator of both sides; else paged
+    overlapped_layers: int  # 1: all moves once the prefill has ended
     transpose_per_byte: float
     transpose_launch: float
     polling: float
@@ -361,6 +391,10 @@ class Fleet(NamedTuple):
     blocks: Array  # [worker] of KV memory
     fits: Array  # [group] whether workers of that kind could hold a request
     sent: Array  # [worker] requests
+    sent_blocks: Array  # [worker] blocks of their prompts
+    sent_new: Array  # [worker] of these, those that were taken to be new
+    expected: Array  # [request] cached blocks that the router counted on
+    survey: Array  # [row, worker] as in `vecsim.kernel.routing`
     turn: Array  # [2] of a round robin: over those that decode, and those that prefill only
     before: Array  # [request] the one before it in its session, -1 if none
     clock: Array  # a tree: when the step of a worker ends, infinite if it sleeps
@@ -368,6 +402,12 @@ class Fleet(NamedTuple):
     way: Array  # [row, request] as in `vecsim.kernel.handover`
     instants: Array
     moved: Array  # [request] bytes
+    left: Array  # [request] share of a transfer that is left when the prefill ends
+    runs: Array  # [request] stretches of blocks that it moves
+    allocator: Any  # of places in KV memory, and what follows: of no size where runs aren't merged
+    next_block: Array  # [worker, block] the one after it of the same request
+    chains: Array  # [row, request] as in `vecsim.kernel.places`
+    places: Array  # [side, block]
     timers: Array  # a heap of requests
     between: Array  # numbers of the fleet
     waiting: Array  # [2 x worker] the first and the last that wait for blocks to be reserved
@@ -396,6 +436,7 @@ class Fleet(NamedTuple):
     starving: Array
     nodes: Array  # [worker, row, node]
     node_of: Array  # [worker, id]
+    seen: Array  # [worker, ...] of no length where no router looks
 
 
 class Cache(NamedTuple):
@@ -403,6 +444,7 @@ class Cache(NamedTuple):
 
     nodes: Array  # [row, node]
     node_of: Array  # [id]
+    seen: Array  # empty where no router looks, else as in `vecsim.kernel.seen`
     owned: Array  # [row, request]
     own: Array  # [place] whether a request's block with a given id is one of its own
     ids: Any  # how blocks get their ids

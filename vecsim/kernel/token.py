@@ -8,7 +8,7 @@ to step, until an arrival, an end or a lack of blocks. All that a batcher decide
 
 import numpy as np
 
-from vecsim.kernel import kv
+from vecsim.kernel import kv, seen
 from vecsim.kernel.duration import duration, is_formula, step_of
 from vecsim.kernel.heap import enter, pop, push
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
@@ -35,7 +35,10 @@ from vecsim.kernel.token_state import (
     ARRIVALS,
     BEFORE,
     BEGIN,
+    BEGINNING,
+    BEGUN_BLOCKS,
     BLOCKED,
+    BLOCKS,
     BUSY,
     CHUNKS,
     CLIPPED,
@@ -74,8 +77,10 @@ from vecsim.kernel.token_state import (
     LASTS,
     LATE,
     LEFT,
+    LEFT_BLOCKS,
     LONGEST,
     MAX_QUEUE,
+    NEW_BLOCKS,
     NEWCOMERS,
     NOW,
     OPEN,
@@ -271,7 +276,7 @@ def reset(counts, sums, first, residues, unclip, late, memory, cache, ratio):
     unclip[:] = 0
     late[:] = 0
     if memory.caching:
-        kv.reset(counts, cache.nodes, cache.node_of, memory.blocks)
+        kv.reset(counts, cache.nodes, cache.node_of, cache.seen, memory.blocks)
 
 
 @bare
@@ -285,9 +290,13 @@ def reset_requests(own, times, owned, requests, caching):
 
 
 @inlined
-def report(counts):
-    """Have routers know of the requests that ended with the step that has just ended."""
+def report(counts, own, ended):
+    """Have routers know of the requests that ended, or began to decode, with the step that has just ended."""
+    counts[BEGUN_BLOCKS] += counts[BEGINNING]
+    counts[BEGINNING] = 0
     counts[LEFT] += counts[ENDED] - counts[REPORTED]
+    for i in range(counts[REPORTED], counts[ENDED]):
+        counts[LEFT_BLOCKS] += own[BLOCKS, unsigned(ended[unsigned(i)])]
     counts[REPORTED] = counts[ENDED]
 
 
@@ -367,7 +376,8 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             forget_steps(counts, sums, gaps)
 
         if not alone:
-            report(counts)
+            report(counts, own, ended)
+            seen.begin(cache.seen, t)
 
         begin = t
         due = min(static_due, dynamic_due)
@@ -509,6 +519,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             )  # fmt: skip
             t = begin + duration(model, done_now, own_duration)
             gap = t - begin
+            seen.publish(cache.seen, t)
             if not (gap > 0.0 and gap < np.inf):
                 sums[NOW], sums[LONGEST] = begin, gap
                 status = BAD_DURATION
@@ -616,6 +627,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
             if own[GENERATED, r] == 0:
                 times[FIRST_AT, r] = t
                 times[LAST_AT, r] = t
+                counts[BEGINNING] += own[NEW_BLOCKS, r]
             else:
                 add_gaps(counts, sums, gaps, t - times[LAST_AT, r], whole(1))
             if load.watches_gaps:

@@ -201,8 +201,8 @@ def give_back(memory, work, cache, request, full):
     if memory.caching:
         shared, own_start = blocks_with_ids(cache, memory, request)
         kv.release(
-            counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request,
-            whole(own[HELD, r]), full, False, memory.front,
+            counts, cache.nodes, cache.node_of, cache.seen, cache.owned, cache.own, cache.ids, shared, own_start,
+            request, whole(own[HELD, r]), full, False, memory.front,
         )  # fmt: skip
     else:
         counts[FREE] += own[HELD, r]
@@ -288,7 +288,7 @@ def take_blocks(counts, cache, memory, number):
     """Take blocks that are known to be free."""
     if number > 0:
         if memory.caching:
-            kv.take(counts, cache.nodes, cache.node_of, cache.owned, number)
+            kv.take(counts, cache.nodes, cache.node_of, cache.seen, cache.owned, number)
         else:
             counts[FREE] -= number
 
@@ -305,7 +305,9 @@ def schedule(work, cache, memory, request, tokens, hold):
         full = min(full_blocks(own[COMPUTED, r] + tokens, memory.block_size, memory.shift), shared)
         named = int(cache.owned[kv.NAMED, r])
         if full > named:
-            kv.name(counts, cache.nodes, cache.node_of, cache.own, cache.ids, own_start, request, named, full)
+            kv.name(
+                counts, cache.nodes, cache.node_of, cache.seen, cache.own, cache.ids, own_start, request, named, full
+            )  # fmt: skip
             cache.owned[kv.NAMED, r] = full
     chunk_of[unsigned(counts[CHUNKS])] = request
     chunk_tokens[unsigned(counts[CHUNKS])] = tokens

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vecsim.kernel import kv
+from vecsim.kernel import kv, seen
 from vecsim.kernel.duration import by_formula, decodes_of, duration, of_decodes, step_of
 from vecsim.kernel.jit import bare, inlined, unsigned
 from vecsim.kernel.kv import FREE
@@ -98,7 +98,9 @@ def coast(
             break
         if need > 0:
             if memory.caching:
-                kv.take(counts, cache.nodes, cache.node_of, cache.owned, need)
+                seen.begin(cache.seen, t)
+                kv.take(counts, cache.nodes, cache.node_of, cache.seen, cache.owned, need)
+                seen.publish(cache.seen, t)  # not a step later, so that this loop stays small
             free -= need
             held = float(blocks - free)
         after = t + duration(model, decodes_of(model.formula, decoding, context), own_duration)

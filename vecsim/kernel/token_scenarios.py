@@ -66,16 +66,19 @@ FIELDS = (
 
 # What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its routers,
 # how prefill is kept apart, and how keys and values move
+ROUTER_FIELDS = ("code", "credit", "scale", "decode_counts", "temperature", "latency")
 FLEET_FIELDS = (
     "first_group",
     "groups",
     "workers",
-    "router",
-    "prefill_router",
+    *(f"router.{name}" for name in ROUTER_FIELDS),
+    *(f"prefill_router.{name}" for name in ROUTER_FIELDS),
     *Split._fields,
     *Transfer._fields,
 )
-FIRST_GROUP, GROUPS, WORKERS, ROUTER, PREFILL_ROUTER, SPLIT = range(6)
+FIRST_GROUP, GROUPS, WORKERS, ROUTER = range(4)
+PREFILL_ROUTER = ROUTER + len(ROUTER_FIELDS)
+SPLIT = PREFILL_ROUTER + len(ROUTER_FIELDS)
 TRANSFER = SPLIT + len(Split._fields)
 # What each kind is told: the numbers of an engine, and how many workers there are of it
 GROUP_WORKERS = len(FIELDS)
@@ -449,6 +452,11 @@ SCALARS = 22
 
 
 @inner
+def router_of(row, seed, place, first, number, rule):
+    return Router(int(row[0]), seed, place, first, number, row[1], row[2], row[3] != 0, row[4], row[5], rule)
+
+
+@inner
 def split_of(row):
     return Split(
         int(row[SPLIT]), row[SPLIT + 1] != 0, row[SPLIT + 2] != 0, row[SPLIT + 3] != 0, int(row[SPLIT + 4]),
@@ -458,11 +466,10 @@ def split_of(row):
 
 @inner
 def transfer_of(row):
+    n = row[TRANSFER:]
     return Transfer(
-        row[TRANSFER], row[TRANSFER + 1], row[TRANSFER + 2], row[TRANSFER + 3], row[TRANSFER + 4],
-        int(row[TRANSFER + 5]), row[TRANSFER + 6], row[TRANSFER + 7], row[TRANSFER + 8], row[TRANSFER + 9],
-        row[TRANSFER + 10] != 0,
-    )  # fmt: skip
+        n[0], n[1], n[2], n[3], n[4], int(n[5]), n[6], n[7] != 0, n[8] != 0, int(n[9]), n[10], n[11], n[12], n[13] != 0
+    )
 
 
 @inner
@@ -477,22 +484,24 @@ def room_of(fleet, groups, workers):
     while leaves < workers:
         leaves *= 2
     return Fleet(
-        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent[:workers], fleet.turn, fleet.before,
-        fleet.clock[: 2 * leaves], fleet.loads, fleet.way, fleet.instants, fleet.moved, fleet.timers,
-        fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times, fleet.owned, fleet.own_blocks, fleet.links,
-        fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts, fleet.sums, fleet.first, fleet.unclip,
-        fleet.residues, fleet.prefills, fleet.chunk_of, fleet.chunk_tokens, fleet.stack, fleet.ended, fleet.joined,
-        fleet.joined_at, fleet.newcomers, fleet.late, fleet.starving, fleet.nodes, fleet.node_of,
+        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent, fleet.sent_blocks, fleet.sent_new,
+        fleet.expected, fleet.survey, fleet.turn, fleet.before, fleet.clock[: 2 * leaves], fleet.loads, fleet.way,
+        fleet.instants, fleet.moved, fleet.left, fleet.runs, fleet.allocator, fleet.next_block,
+        fleet.chains, fleet.places, fleet.timers, fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times,
+        fleet.owned, fleet.own_blocks, fleet.links, fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts,
+        fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of, fleet.chunk_tokens,
+        fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late, fleet.starving,
+        fleet.nodes, fleet.node_of, fleet.seen,
     )  # fmt: skip
 
 
 @entry
-def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, first, last, job):
+def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_router, first, last, job):
     """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one.
 
-    The loops of an engine and of a fleet are called by their addresses, and so are the user's own rule of a batcher and
-    step time where a scenario has them: compiled into this, the loop would be optimised again as a part of it, which
-    takes as long as compiling it.
+    The loops of an engine and of a fleet are called by their addresses, and so are the user's own rule of a batcher,
+    step time and router where a scenario has them: compiled into this, the loop would be optimised again as a part of
+    it, which takes as long as compiling it.
     """
     scratch, work, streams = job.scratch, job.work, job.streams
     n = 0
@@ -541,6 +550,7 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, first, la
         cache = Cache(
             job.cache_nodes,
             job.cache_node_of[:ids],
+            scratch.think[:0],  # nobody looks
             job.cache_owned,
             job.cache_own,
             (
@@ -574,8 +584,10 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, first, la
                 step_loop,
                 room_of(job.fleet, groups, workers),
                 split,
-                Router(int(numbers[ROUTER]), seed, 0, split.prefill_workers, workers - split.prefill_workers),
-                Router(int(numbers[PREFILL_ROUTER]), seed, 1, 0, split.prefill_workers),
+                router_of(
+                    numbers[ROUTER:], seed, 0, split.prefill_workers, workers - split.prefill_workers, own_router
+                ),
+                router_of(numbers[PREFILL_ROUTER:], seed, 1, 0, split.prefill_workers, own_router),
                 transfer_of(numbers),
                 groups,
                 tables,

@@ -15,11 +15,13 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
     _FREE, _SPARE, _UNUSED, RUNNING, DECODING, CONTEXT, STEP, PREFILLING, QUEUE_HEAD, QUEUE_TAIL, HEAP, WAITING, STACK,
     PREEMPTED, DROPPED, GAPS, GAP_LOW, GAP_HIGH, MAX_QUEUE, STEPS, SCHEDULED, TOKENS, PROMPT_TOKENS, HIT_TOKENS, PEAK,
     ENDED, COMING, ISSUED, CLIPPED, OPEN, OPEN_SUM, ENQUEUED, CHUNKS, DECODES, DECODE_CONTEXT, BLOCKED, STARVED, GROUPS,
-    TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, INBOX_HEAD, INBOX_TAIL, MEASURING, REPORTED, LEFT, COUNTS,
-) = range(49)  # fmt: skip
+    TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, INBOX_HEAD, INBOX_TAIL, MEASURING, REPORTED, LEFT, LEFT_BLOCKS,
+    BEGUN_BLOCKS, BEGINNING, COUNTS,
+) = range(52)  # fmt: skip
 
 # `INBOX_HEAD` is the first of those sent to a worker that it hasn't looked at. For routers: `LEFT` requests have
-# ended; the ended ones from `REPORTED` on are so only when the step that is under way ends.
+# ended, with so many `BLOCKS`; `BEGUN_BLOCKS` are the `NEW_BLOCKS` of those that have a first token. `BEGINNING` of
+# them, and the ended ones from `REPORTED` on, are so only when the step that is under way ends.
 
 # Places in `sums`
 # A worker of a fleet doesn't coast at once: up to `HORIZON` (0: it does) it finds out when something else can happen,
@@ -29,11 +31,12 @@ GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGES
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch. `AFTER` and `BEFORE` tie it to others in the calendar then, in the queue before.
 # `KV` is one more than the tokens whose keys and values were brought here for it, 0 if none were; `PINNED` if what it
-# holds stays when it ends, `PINNED_ALONE` when it has ended and has no slot any more.
+# holds stays when it ends, `PINNED_ALONE` when it has ended and has no slot any more. A router has counted `BLOCKS` of
+# its prompt, `NEW_BLOCKS` of which it took to be new.
 (
-    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, KV,
-    OWN_ROWS,
-) = range(15)  # fmt: skip
+    COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, BLOCKS,
+    NEW_BLOCKS, KV, OWN_ROWS,
+) = range(17)  # fmt: skip
 
 PINNED, PINNED_ALONE = -1, -2
 
@@ -293,7 +296,7 @@ def let_go(counts, cache, memory, request, held, full, returns):
     if memory.caching:
         shared, own_start = blocks_with_ids(cache, memory, request)
         kv.release(
-            counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start,
+            counts, cache.nodes, cache.node_of, cache.seen, cache.owned, cache.own, cache.ids, shared, own_start,
             request, held, full, returns, memory.front,
         )  # fmt: skip
     else:

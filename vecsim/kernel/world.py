@@ -21,15 +21,18 @@ from vecsim.kernel.token_scenarios import GROUP_WORKERS, memory_of, model_of, po
 from vecsim.kernel.token_state import (
     ALL_STEPS,
     BLOCKED,
+    BLOCKS,
     END_TIME,
     FORESEEN,
     INBOX_HEAD,
     LONGEST,
     MEASURING,
+    NEW_BLOCKS,
     NOW,
     RUNNING,
     SINCE,
     WAITING,
+    blocks_for,
     put_last,
 )
 
@@ -90,6 +93,7 @@ def cache_of(world, worker):
     return Cache(
         fleet.nodes[w],
         fleet.node_of[w],
+        fleet.seen[w],
         fleet.owned if prefills else cache.owned,
         fleet.own_blocks if prefills else cache.own,
         cache.ids,
@@ -203,9 +207,18 @@ def note_load(world, worker):
 
 
 @bare
-def assign(world, worker):
-    """One more request is outstanding at a worker."""
-    world.fleet.sent[unsigned(worker)] += 1
+def assign(world, request, worker, computes):
+    """One more request is outstanding at a worker, which is to compute its prompt or not."""
+    fleet = world.fleet
+    w, r = unsigned(worker), unsigned(request)
+    own = fleet.own if prefills_only(world, worker) else world.work.own
+    memory = memory_of(world.groups[kind_of(world, worker)])
+    blocks = blocks_for(whole(world.load.prompt_tokens[r]), memory.block_size, memory.shift)
+    own[BLOCKS, r] = blocks
+    own[NEW_BLOCKS, r] = max(blocks - fleet.expected[r], 0) if computes else 0
+    fleet.sent[w] += 1
+    fleet.sent_blocks[w] += blocks
+    fleet.sent_new[w] += own[NEW_BLOCKS, r]
     note_load(world, worker)
 
 
@@ -214,12 +227,13 @@ def send(world, request, worker, t):
     """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
     fleet, work = world.fleet, world.work
     w, r = unsigned(worker), unsigned(request)
-    if prefills_only(world, worker):
+    prefills = prefills_only(world, worker)
+    own = fleet.own if prefills else work.own
+    if prefills:
         fleet.times[SINCE, r] = t
-        put_last(fleet.counts[w], fleet.own, INBOX_HEAD, request)
     else:
         work.times[SINCE, r] = t
-        put_last(fleet.counts[w], work.own, INBOX_HEAD, request)
+    put_last(fleet.counts[w], own, INBOX_HEAD, request)
     wake(world, worker, t)
 
 

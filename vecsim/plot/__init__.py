@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vecsim.plot.fleets import ttft_parts
     from vecsim.plot.queues import queue_growth
     from vecsim.plot.runs import compare, run
     from vecsim.plot.sweeps import heat_map, lines, sweep
@@ -15,9 +16,10 @@ _HOMES = {
     "queue_growth": "queues",
     "run": "runs",
     "sweep": "sweeps",
+    "ttft_parts": "fleets",
 }
 
-__all__ = ["compare", "heat_map", "lines", "queue_growth", "run", "sweep"]
+__all__ = ["compare", "heat_map", "lines", "queue_growth", "run", "sweep", "ttft_parts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -73,9 +73,9 @@ def lines(
     Returns
     -------
     matplotlib.figure.Figure
-        The first other axis tells the colour, the second the kind of line, of each at most seven values, spread
-        evenly; a third gives rows, at most four. Of any more axes the first value is drawn. The title says what was
-        left out.
+        The first other axis tells the colour, the second the kind of line (the other way round where the second is
+        of axes that vary together), of each at most seven values, spread evenly; a third gives rows, at most four. Of
+        any more axes the first value is drawn. The title says what was left out.
 
     Raises
     ------
@@ -91,6 +91,8 @@ def lines(
     along = str(dataset[x].dims[0]) if x is not None else None
     dims = other_dims(dataset, along)
     shown, below, rest = dims[:2], dims[2:3], dims[3:]
+    # Where several axes vary together, what a line is called is long, and colours tell more than kinds of lines.
+    shown.sort(key=lambda dim: dim in dataset.coords)
     notes = [f"{dim}={texts(dataset, dim)[0]}" for dim in rest if dataset.sizes[dim] > 1]
     drawn = dataset.isel(dict.fromkeys(rest, 0))
     for dim in shown:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vecsim.fleet import Fleet
+from vecsim.fleet import DisaggregatedEngine, Fleet
 from vecsim.kernel.state import Array
 from vecsim.plot.runs import COLUMNS, draw_latencies, draw_queue, finish, legend
 from vecsim.plot.style import DECODE, E2E, EMPTY, PHASES, PREFILL, TTFT, Picture, heading, ticks_at_integers
@@ -39,6 +39,8 @@ def draw(run: "Run") -> Any:
     finish(queue, latency, [run])
     figure.suptitle(heading(run), fontsize="medium")
     phases = (("idle", EMPTY), *PHASES) if workers else PHASES
+    if isinstance(run.engine, DisaggregatedEngine):
+        phases = (*phases, ("transfer", "0.3"))
     legend(figure, phases, [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)])
     return figure
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vecsim.axes import fields, meant
 from vecsim.growth import queue_growth
 from vecsim.sweep import sweep
 from vecsim.sweep.files import (
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options, with the ready-made specs in the help."""
-    specs = "\n".join(f"  {name:12} {read_spec(name).description}" for name in ready_made())
+    specs = "\n".join(f"  {name:13} {read_spec(name).description}" for name in ready_made())
     result = argparse.ArgumentParser(
         prog="python -m vecsim.sweep",
         description="Simulate every combination of the axes of a spec; print a table, save a Dataset and a picture.",
@@ -47,10 +48,14 @@ def parser() -> argparse.ArgumentParser:
         "  0.05:0.6:56      56 evenly spaced numbers, both ends included\n"
         "  0..31            whole numbers, both ends included\n"
         "  1,2,4            a list\n"
-        "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields\n"
+        "  IFBatcher        a declaration; LogNormal(mean=10, std=5) one with fields; RandomRouter and such\n"
+        "  none             nothing, for what is optional: local_prefill=none,QueueAndLengthRule\n"
         "  true, fcfs       what a field takes: prefix_caching=true,false or order=fcfs,shortest_prompt\n"
         "  policies:mine    a batcher's rule of one's own: @numba.njit function `mine` in policies.py\n"
-        "  3                one value: pins the field\n",
+        "  3                one value: pins the field\n"
+        "names:\n"
+        "  workers          any field, however deep, of which there is but one\n"
+        "  prefill.workers  else its path, of which the last parts do; prefill_workers means the same\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("spec", nargs="?", default=DEFAULT, metavar="SPEC.toml|NAME", help=f"default: {DEFAULT}")
@@ -87,8 +92,9 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
     for name in ("time_limit", "warmup"):
         if name in changes:
             raise ValueError(f"--set varies fields of the engine: use --{name.replace('_', '-')} for {name}")
-    changed = {name.rpartition(".")[2] for name in changes}
-    kept = {name: values for name, values in spec.keywords().items() if name.rpartition(".")[2] not in changed}
+    paths = [path for path, _ in fields(spec.engine)]
+    changed = {field for name in changes for field in named(name, paths)}
+    kept = {name: values for name, values in spec.keywords().items() if not changed & named(name, paths)}
     axes = {**kept, **changes}
     arguments = [name for function in (sweep, queue_growth) for name in inspect.signature(function).parameters]
     for name in sorted(set(axes) & set(arguments)):
@@ -134,6 +140,11 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
     if not options.quiet:
         print(f"saved {' and '.join(written)}")
     return 0
+
+
+def named(name: str, paths: Sequence[str]) -> set[str]:
+    """The fields that an axis may name; where only a component on another axis has them, the last part of the name."""
+    return set(meant(name, paths)) or {name.rpartition(".")[2]}
 
 
 if __name__ == "__main__":

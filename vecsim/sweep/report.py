@@ -109,12 +109,24 @@ def has_slo(dataset: "xr.Dataset") -> bool:
 
 
 def slots_of(dataset: "xr.Dataset") -> Any:
-    """The slots of each scenario: a number, or an array where they are an axis."""
+    """The slots of each scenario, of a fleet those of all workers: a number, or an array where they are an axis."""
     import msgspec
 
-    if "max_batch_size" in dataset.coords:
-        return median(dataset.max_batch_size)
-    return msgspec.json.decode(dataset.attrs["declaration"])["max_batch_size"]
+    declared = msgspec.json.decode(dataset.attrs["declaration"])
+    pools = {name: declared[name] for name in ("pool", "prefill", "decode") if name in declared}
+
+    def given(field: str, pool: str, value: Any) -> Any:
+        names = (f"{pool}.{field}", f"{pool}_{field}", field)
+        coord = next((name for name in names if name in dataset.coords), None)
+        return value if coord is None else median(dataset[coord])
+
+    if not pools:
+        return given("max_batch_size", "", declared["max_batch_size"])
+    return sum(
+        given("workers", name, one.get("workers", 1)) * given("max_batch_size", name, one.get("max_batch_size", 256))
+        for name, pool in pools.items()
+        for one in (pool if isinstance(pool, list) else [pool])
+    )
 
 
 def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:

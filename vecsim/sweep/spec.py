@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import numpy as np
 
-from vecsim.declaration import Declaration, checks, from_plain, suggestion, tagged, to_plain
-from vecsim.engine import Engine
+from vecsim.declaration import NONE, Declaration, below, checks, from_plain, suggestion, tagged, to_plain
 from vecsim.fits import Fit
+from vecsim.fleet import AnyEngine
 from vecsim.gpus import GPU
 from vecsim.models import Model
 from vecsim.own import RULE_NAME
@@ -32,8 +32,8 @@ class Spec(Declaration, frozen=True, kw_only=True):
         One line for `--help`.
     fit : str, optional
         Name of a fitted set, as in `Fit.names()`: what the engine's step time and overheads don't tell is of it.
-    engine : Engine
-        What is varied.
+    engine : Engine, Cluster or DisaggregatedEngine
+        What is varied; its `type` is that of an engine alone unless told.
     time_limit, warmup : float
         As for `vecsim.sweep` [ticks, or seconds in the token model, where infinity is to serve all requests].
     short : float, optional
@@ -46,7 +46,7 @@ class Spec(Declaration, frozen=True, kw_only=True):
 
     description: str = ""
     fit: str | None = None
-    engine: Engine
+    engine: AnyEngine
     time_limit: float = 10_000.0
     warmup: float = 0.0
     short: float | None = None
@@ -113,11 +113,22 @@ def read_spec(name: str) -> Spec:
 
 def _with_fit(spec: dict[str, Any]) -> dict[str, Any]:
     """A spec in which the fitted set that it names, if it does, stands beside what the engine has already."""
-    if "fit" not in spec:
+    if not isinstance(spec.get("engine"), dict):
         return spec
-    fit, engine = Fit.named(spec["fit"]), spec.get("engine", {})
-    usual = {"step_time": {"type": "RooflineStepTime", **fit.fields()}, "overheads": to_plain(fit.overheads)}
-    return {**spec, "engine": engine | {name: fields | engine.get(name, {}) for name, fields in usual.items()}}
+    engine = {"type": "Engine", **spec["engine"]}
+    if "fit" not in spec:
+        return {**spec, "engine": engine}
+    fit = Fit.named(spec["fit"])
+    step_time = {"type": "RooflineStepTime", **fit.fields()}
+
+    def fitted(part: Any) -> Any:
+        if isinstance(part, list):
+            return [fitted(one) for one in part]
+        return {**part, "step_time": step_time | part.get("step_time", {})}
+
+    pools = {name: fitted(engine[name]) for name in ("pool", "prefill", "decode") if name in engine}
+    engine = (engine | pools) if pools else fitted(engine)
+    return {**spec, "engine": {**engine, "overheads": to_plain(fit.overheads) | engine.get("overheads", {})}}
 
 
 def read_changes(changes: Sequence[str]) -> dict[str, Any]:
@@ -213,9 +224,9 @@ def parse_value(text: str) -> Any:
 @functools.cache
 def words() -> frozenset[str]:
     """All words that a field of some declaration may be, such as `fcfs`, names of models and GPUs among them."""
-    kinds = [kind for declaration in tagged().values() for _, kinds, _ in checks(declaration) for kind in kinds]
+    kinds = [kind for declaration in below(Declaration) for _, kinds, _ in checks(declaration) for kind in kinds]
     literals = (word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
-    return frozenset((*literals, *Model.names(), *GPU.names()))
+    return frozenset((*literals, *Model.names(), *GPU.names(), NONE))
 
 
 def _declaration(name: str | None) -> Any:

@@ -1,0 +1,79 @@
+"""What others know of a worker's cached blocks: changes are published at the end of the step that made them.
+
+Each block of a given id has the times of its last two changes. So what was known at an earlier time can be told from
+what is there now; where a block came and went more than once since, the last two times count.
+"""
+
+import numpy as np
+
+from vecsim.kernel.jit import bare, inlined, unsigned
+
+# Steps with changes whose ends are kept: those before are known to all
+RING = 64
+
+# Places in `seen`: the time at which the step began that is under way; whether it changed anything; how many such steps
+# there were; when the last of them began and ended; from `CHANGES` on, when a block [id] was named, and was evicted
+CLOCK, FRESH, PUBLISHED, STEPS, CHANGES = 0, 1, 2, 3, 3 + 2 * RING
+NAMED, EVICTED = range(2)
+
+
+def places(ids):
+    """How much room there must be for so many ids."""
+    return CHANGES + 2 * ids
+
+
+@bare
+def reset(seen):
+    """Nothing is cached."""
+    for place in range(CHANGES):
+        seen[unsigned(place)] = 0.0
+    for place in range(CHANGES, seen.size):
+        seen[unsigned(place)] = -np.inf
+
+
+@inlined
+def note(seen, id_, change):
+    """A block has just been named or evicted."""
+    if seen.size > 0:
+        seen[unsigned(CHANGES + 2 * id_ + change)] = seen[CLOCK]
+        seen[FRESH] = 1.0
+
+
+@inlined
+def begin(seen, t):
+    """A step begins."""
+    if seen.size > 0:
+        seen[CLOCK] = t
+
+
+@inlined
+def publish(seen, t):
+    """What the step under way has changed is known to all from `t` on."""
+    if seen.size > 0 and seen[FRESH] != 0.0:
+        at = STEPS + 2 * (int(seen[PUBLISHED]) % RING)
+        seen[unsigned(at)] = seen[CLOCK]
+        seen[unsigned(at + 1)] = t
+        seen[PUBLISHED] += 1.0
+        seen[FRESH] = 0.0
+
+
+@bare
+def known_until(seen, t):
+    """When the first step began of whose changes nobody knows at `t`; infinite if there is none. O(1)."""
+    first = np.inf
+    last = int(seen[PUBLISHED])
+    for step in range(last - 1, max(last - RING, 0) - 1, -1):
+        at = STEPS + 2 * (step % RING)
+        if seen[unsigned(at + 1)] <= t:
+            break
+        first = seen[unsigned(at)]
+    return first
+
+
+@inlined
+def is_known(seen, id_, there, until):
+    """Whether others take a block to be cached; `there` is whether it is."""
+    at = CHANGES + 2 * id_
+    if there:
+        return seen[unsigned(at + NAMED)] < until or seen[unsigned(at + EVICTED)] >= until
+    return seen[unsigned(at + EVICTED)] >= until and seen[unsigned(at + NAMED)] < until
