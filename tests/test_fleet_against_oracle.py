@@ -238,6 +238,19 @@ def check_against(run, result):
         ("preempted", [request.preempted + request.prefill_preempted for request in came]),
     ):
         np.testing.assert_array_equal(ours[name].values, literal, err_msg=name)
+    if "remote" in ours:
+        hops = (
+            ("prefilled_at", "prefill_ended_at"),
+            ("reserved_at", "reserved_at"),
+            ("transfer_began_at", "transfer_begun_at"),
+            ("transfer_noticed_at", "noticed_at"),
+        )
+        for name, attribute in hops:
+            literal = column(getattr(request, attribute) for request in came)
+            np.testing.assert_array_equal(ours[name].values, literal, err_msg=name)
+        literal = [request.prefill_worker for request in came if request.is_local is False]
+        at = ours.prefill_worker.values[ours.remote.values == 1].tolist()
+        assert at == [-1 if number is None else number for number in literal]
     for name, literal in (
         ("arrived", len(came)),
         ("dropped", sum(request.dropped for request in came)),

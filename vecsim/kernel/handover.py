@@ -629,12 +629,15 @@ def join(world):
             continue
         times[STARTED_AT, r] = fleet.times[STARTED_AT, r]
         own[PREEMPTIONS, r] += fleet.own[PREEMPTIONS, r]
-        if world.split.first_by_prefill and np.isnan(times[FIRST_AT, r]):  # of a step that was under way at the end
-            times[FIRST_AT, r] = fleet.times[ENDED_AT, r]
-            if world.load.output_tokens[r] == 1 and not np.isnan(times[FIRST_AT, r]):
-                own[STATE, r] = GONE
-                own[GENERATED, r] = 1
-                times[ENDED_AT, r] = times[FIRST_AT, r]
+        if np.isnan(fleet.instants[PREFILLED_AT, r]):  # of a step that was under way at the end
+            ended_at = fleet.times[ENDED_AT, r]
+            fleet.instants[PREFILLED_AT, r] = ended_at
+            if world.split.first_by_prefill:
+                times[FIRST_AT, r] = ended_at
+                if world.load.output_tokens[r] == 1 and not np.isnan(ended_at):
+                    own[STATE, r] = GONE
+                    own[GENERATED, r] = 1
+                    times[ENDED_AT, r] = ended_at
         if own[STATE, r] == UNSEEN:
             # It has not come to its decode worker
             own[GENERATED, r] = 0 if np.isnan(times[FIRST_AT, r]) else 1
