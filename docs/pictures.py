@@ -7,6 +7,7 @@ import numba
 import numpy as np
 
 import vecsim as sim
+from vecsim.sweep.spec import read_spec
 
 
 @numba.njit
@@ -77,7 +78,20 @@ def cache():
     return sim.plot.lines(sim.sweep(engine, **axes), x="blocks", variables=["prefix_hit_rate", "ttft"])
 
 
-PICTURES = {"runs": runs, "sweep": sweep, "slots": slots, "policy": policy, "cache": cache}
+def disaggregated():
+    """How eight GPUs are shared out best, by load and bandwidth: the ready-made spec."""
+    spec = read_spec("disaggregated")
+    return sim.plot.sweep(sim.sweep(spec.engine, spec.time_limit, **spec.keywords()))
+
+
+PICTURES = {
+    "runs": runs,
+    "sweep": sweep,
+    "slots": slots,
+    "policy": policy,
+    "cache": cache,
+    "disaggregated": disaggregated,
+}
 
 
 def main():

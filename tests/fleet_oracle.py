@@ -413,7 +413,9 @@ class Simulation:
         self.decode = self.make_workers(fleet.pools if is_cluster else fleet.decode)
 
         def before(request: FleetRequest) -> FleetRequest | None:
-            return None if request.after is None else self.requests[request.after]
+            if request.after is None or concurrency is not None:  # nobody follows another in a closed loop
+                return None
+            return self.requests[request.after]
 
         self.router = Router(
             fleet.router if is_cluster else fleet.decode_router, self.decode, 0, draw,

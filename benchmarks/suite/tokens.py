@@ -128,6 +128,8 @@ class Disaggregated:
     """A sweep of 10,000 disaggregated fleets over shares of workers, loads and bandwidths, two threads."""
 
     timeout = 600
+    number = repeat = 1  # it takes long enough
+    warmup_time = 0
 
     def setup(self):
         self.engine = disaggregated(20 if cases.TINY else 1_000)
