@@ -267,6 +267,10 @@ def test_declarations_are_checked_and_come_back():
             {"load_generator": sim.PoissonLoadGenerator(prompt_tokens=10, output_tokens=5)},
             "prompt_tokens must be left out where step_time is TickStepTime",
         ),
+        (
+            {"load_generator": sim.PiecewiseLoadGenerator(request_rates=[1, 2], durations=[5, 5])},
+            "PiecewiseLoadGenerator needs a step_time in seconds and prompt_tokens, got TickStepTime",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             sim.TickDisaggregatedEngine(

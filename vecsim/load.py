@@ -250,6 +250,8 @@ class LoadGenerator(Declaration, frozen=True, kw_only=True, tag_field="type"):
             raise ValueError(f"{kind}: prompt_tokens must be given where step_time isn't TickStepTime")
         if not token and self.is_token:
             raise ValueError(f"{kind}: prompt_tokens must be left out where step_time is TickStepTime")
+        if not token and self.arrivals == PIECEWISE:
+            raise ValueError(f"{kind} needs a step_time in seconds and prompt_tokens, got TickStepTime")
         wrong = ("prefill_time", "itl", "total_prefill_chunks") if token else TOKEN_FIELDS
         defaults = {field.name: field.default for field in msgspec.structs.fields(self)}
         for name in wrong:
@@ -431,14 +433,14 @@ class GammaLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
 
 
 class PiecewiseLoadGenerator(LoadGenerator, frozen=True, kw_only=True, tag=True):
-    """Arrivals whose rate changes in steps: stages of a test, the hours of a day, bursts.
+    """Arrivals whose rate changes in steps: stages of a test, the hours of a day, bursts. Of the token model alone.
 
     Parameters
     ----------
     request_rates : sequence of float
-        Mean requests per second (tick) in each stage; 0 is a pause.
+        Mean requests per second in each stage; 0 is a pause.
     durations : sequence of float
-        How long each stage lasts [s or ticks].
+        How long each stage lasts [s].
     repeat : bool
         Begin anew after the last stage; else its rate goes on.
     rate_scale : float
