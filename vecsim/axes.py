@@ -11,6 +11,7 @@ from vecsim.declaration import Declaration, Range, check, checks, shown, suggest
 from vecsim.kernel.state import Array
 from vecsim.memory import require_results
 from vecsim.variables import (
+    APART_VARIABLES,
     CLASS_VARIABLES,
     FLEET_REQUEST_VARIABLES,
     REQUEST_VARIABLES,
@@ -21,7 +22,7 @@ from vecsim.variables import (
 
 # Names that results use: an axis over a field of such a name is a dimension under its full path.
 TAKEN = {
-    *("stat", "request", "time", "run", "queue_size", "class"),
+    *("stat", "request", "time", "run", "queue_size", "class", "part"),
     *(
         variable.name
         for variables in (
@@ -29,6 +30,7 @@ TAKEN = {
             REQUEST_VARIABLES,
             TOKEN_VARIABLES,
             CLASS_VARIABLES,
+            APART_VARIABLES,
             TOKEN_REQUEST_VARIABLES,
             FLEET_REQUEST_VARIABLES,
         )

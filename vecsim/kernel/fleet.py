@@ -31,6 +31,7 @@ from vecsim.kernel.handover import (
 )
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
+from vecsim.kernel.parts import write_parts
 from vecsim.kernel.places import DESTINATION, free_places, reset_places
 from vecsim.kernel.routing import looks_inside, route
 from vecsim.kernel.state import (
@@ -309,6 +310,7 @@ def simulate_fleet(world):
     gather(world, status)
     if apart:
         links.settle(fleet.links, max(work.sums[END_TIME], now))
+        write_parts(world)
     return status
 
 
