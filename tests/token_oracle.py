@@ -364,6 +364,15 @@ class Batcher:
     def leaving(self, running: list[Request]) -> list[Request]:
         return [request for request in running if request.ended]
 
+    def is_too_long(self, engine: Engine, request: Request, budget: float) -> bool:
+        """Whether a prompt that can't be split has no room in this step.
+
+        A resumed request may have outgrown the whole budget: it is the only prefill of its step, then.
+        """
+        tokens = request.known - engine.found_tokens(request)
+        outgrown = tokens > budget and not any(one.is_prefill for one in engine.chosen)
+        return tokens > engine.left(budget) and not outgrown
+
     def schedule(self, engine: Engine) -> None:
         raise NotImplementedError
 
@@ -433,7 +442,7 @@ class IF(Batcher):
 
     def admit_next(self, engine: Engine) -> bool:
         head = engine.head()
-        if head is None or head.known - engine.found_tokens(head) > engine.left(self.budget or inf):
+        if head is None or self.is_too_long(engine, head, self.budget or inf):
             return False
         if not engine.admit(head, hold=self.reserved(engine, head)):
             return False
@@ -504,7 +513,7 @@ class NoEvict(Batcher):
         engine.decode_all()
         engine.continue_prefills(budget)
         while engine.left(budget) > 0 and (head := engine.head()):
-            if not self.chunked and head.known - engine.found_tokens(head) > engine.left(budget):
+            if not self.chunked and self.is_too_long(engine, head, budget):
                 break
             if not engine.admit(head, hold=self.reserved(engine, head)):
                 break
@@ -533,9 +542,7 @@ class MaxUtilization(Batcher):
             tokens = head.known - found
             if self.chunked:
                 tokens = min(tokens, engine.left(budget))
-            # A resumed request may have outgrown the whole budget: the only prefill of its step, then.
-            outgrown = tokens > budget and not any(one.is_prefill for one in engine.chosen)
-            if tokens > engine.left(budget) and not outgrown:
+            elif self.is_too_long(engine, head, budget):
                 break
             if not engine.admit(head, hold=engine.needed(found + tokens)):
                 break

@@ -32,7 +32,10 @@ class LeastOutstandingRouter(Router, frozen=True, kw_only=True, tag=True):
 
 
 class PowerOfTwoRouter(Router, frozen=True, kw_only=True, tag=True):
-    """Of two workers drawn at random, the one with fewer outstanding requests (Mitzenmacher, 2001)."""
+    """Of two workers drawn at random, the one with fewer outstanding requests (Mitzenmacher, 2001).
+
+    Of equal ones that which was drawn first.
+    """
 
 
 class LeastKVRouter(Router, frozen=True, kw_only=True, tag=True):
@@ -40,7 +43,7 @@ class LeastKVRouter(Router, frozen=True, kw_only=True, tag=True):
 
 
 class SessionRouter(Router, frozen=True, kw_only=True, tag=True):
-    """The worker that served the session before; new sessions, and requests of none, one after the other."""
+    """The worker that did the same for the session's last request; new sessions, and requests of none, take turns."""
 
 
 class KVAwareRouter(Router, frozen=True, kw_only=True, tag=True):

@@ -227,8 +227,10 @@ def fleet_parameters(
     blocks = [row["blocks"] for row in rows]
     key = ("fleet", cluster.pools, cluster.overheads.per_step, *cluster.kernel().values())
     (place,) = shared.place(key, lambda: shared.put_fleet(rows, cluster))
+    caching = next((row for row in rows if row["caching"]), rows[0])  # all that cache have blocks of one size
     row = {
         **rows[0],
+        **{name: caching[name] for name in ("block_size", "shift", "id_blocks")},
         "slots": sum(row["slots"] * count for row, count in zip(rows, counts, strict=True)),
         "blocks": ENDLESS
         if ENDLESS in blocks

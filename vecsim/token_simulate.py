@@ -234,7 +234,8 @@ class Room:
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
         self.slots = int(column["slots"].max())
-        self.block_size = int(column["block_size"].max())
+        groups = streams.groups[:, FIELDS.index("block_size")]
+        self.block_size = int(max(column["block_size"].max(), groups.max(initial=0)))
         self.classes = max(int(column["classes"].max()), 1)
         self.longest = int(numbers.longest[block.stream[:, OUTPUT]].max())
         self.ids, self.with_ids, self.nodes = self._blocks(column, block, numbers, streams)
@@ -406,7 +407,7 @@ class Room:
             expected=whole(n),
             survey=np.zeros((SURVEY_ROWS, workers)),
             turn=number(2),
-            bound=whole(n),
+            before=whole(n),
             clock=np.empty(2 * leaves),
             loads=np.empty((2, 2 * leaves)),
             way=whole(handover.WAY_ROWS, n),

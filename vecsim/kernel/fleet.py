@@ -13,27 +13,29 @@ import numpy as np
 
 from vecsim.kernel import links, tree
 from vecsim.kernel.handover import (
-    DECODES_AT,
     NOTICE,
     WAITS_FOR,
     all_flowed,
+    feed,
     flow,
-    give_way,
-    goes_elsewhere,
+    gives_way,
+    go_elsewhere,
+    is_answered,
+    is_remote,
     join,
     landed,
     make_room,
     next_timer,
     prefilled,
-    pull,
     reset_handover,
+    retry,
     take_timer,
 )
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.parts import write_parts
 from vecsim.kernel.places import DESTINATION, free_places, reset_places
-from vecsim.kernel.routing import looks_inside, route
+from vecsim.kernel.routing import DECODES_AT, looks_inside, route
 from vecsim.kernel.state import (
     BEGINS,
     COASTING,
@@ -48,7 +50,6 @@ from vecsim.kernel.state import (
 from vecsim.kernel.token import (
     MOST_STEPS,
     due_at,
-    follow_up,
     forget_steps,
     issue_after_drop,
     next_issued,
@@ -96,6 +97,7 @@ from vecsim.kernel.token_state import (
 )
 from vecsim.kernel.world import (
     TROUBLE,
+    assign,
     bring_up,
     is_behind,
     judge,
@@ -119,7 +121,7 @@ def reset(world):
     counts[:] = 0
     work.sums[:] = 0.0
     reset_requests(work.own, work.times, cache.owned, requests, cache.owned.size > 0)
-    fleet.bound[:requests] = -1
+    fleet.before[:requests] = -1
     for worker in range(fleet.group.size):
         fleet.sent[unsigned(worker)] = 0
         fleet.sent_blocks[unsigned(worker)] = 0
@@ -140,6 +142,7 @@ def reset(world):
 def arrive(world, request, t):
     """A request has come to the router; returns whether the one after it could be issued."""
     fleet, work = world.fleet, world.work
+    turn = fleet.turn[world.router.place]
     worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
         work.counts[ENQUEUED] += 1
@@ -147,10 +150,18 @@ def arrive(world, request, t):
         work.own[STATE, unsigned(request)] = DROPPED_AT_ONCE
         return issue_after_drop(work, world.load, t)
     bring_up(world, worker, t)
+    expected = fleet.expected[unsigned(request)]
+    if world.split.prefill_workers > 0 and is_remote(world, request, worker, t):
+        fleet.expected[unsigned(request)] = expected  # which the other router may have changed
+        if not world.split.reserves_first:  # it was only asked for
+            fleet.turn[world.router.place] = turn
+        go_elsewhere(world, request, worker, t)
+        return True
     fleet.way[DECODES_AT, unsigned(request)] = worker
-    if world.split.prefill_workers == 0 or not goes_elsewhere(world, request, worker, t):
-        work.own[COMPUTED, unsigned(request)] = work.own[GENERATED, unsigned(request)] = 0
-        send(world, request, worker, t)
+    fleet.expected[unsigned(request)] = expected
+    work.own[COMPUTED, unsigned(request)] = work.own[GENERATED, unsigned(request)] = 0
+    assign(world, request, worker, whole(1))
+    send(world, request, worker, t)
     return True
 
 
@@ -160,9 +171,12 @@ def let_others_know(world, worker, t):
 
     Returns whether what follows them could be issued.
     """
-    fleet, load, work = world.fleet, world.load, world.work
+    fleet, load = world.fleet, world.load
     w = unsigned(worker)
-    for i in range(fleet.counts[w, REPORTED], fleet.counts[w, ENDED]):
+    first = whole(fleet.counts[w, REPORTED])
+    report(fleet.counts[w], fleet.own if prefills_only(world, worker) else world.work.own, fleet.ended[w])
+    note_load(world, worker)
+    for i in range(first, fleet.counts[w, ENDED]):
         request = whole(fleet.ended[w, unsigned(i)])
         if prefills_only(world, worker):
             if not prefilled(world, request, worker, t):
@@ -173,13 +187,8 @@ def let_others_know(world, worker, t):
             tokens = load.prompt_tokens[unsigned(request)] + load.output_tokens[unsigned(request)] - 1
             held = blocks_for(whole(tokens), memory.block_size, memory.shift)
             free_places(world, whole(DESTINATION), request, worker, held)
-        if not follow_up(work, load, request, t):
+        if not is_answered(world, request, t):
             return False
-        if load.follower.size > 0 and load.follower[unsigned(request)] >= 0:
-            fleet.bound[unsigned(load.follower[unsigned(request)])] = worker
-    own = fleet.own if prefills_only(world, worker) else work.own
-    report(fleet.counts[w], own, fleet.ended[w])
-    note_load(world, worker)
     return True
 
 
@@ -226,13 +235,22 @@ def go_on(world, worker, kind, due, users_wait):
     if users_wait or world.split.prefill_workers > 0:
         tree.put(fleet.clock, worker, np.inf)
         until = min(until, fleet.clock[1])
-    status = visit(world, worker, kind, max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf)))
+    if fleet.waiting[unsigned(2 * worker)] >= 0:  # step by step: each may free blocks
+        until = 0.0
+    until = max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf))
+    preempted = fleet.counts[w, PREEMPTED]
+    status = visit(world, worker, kind, until)
+    while (
+        status == IDLE
+        and world.split.prefill_workers > 0
+        and (fleet.counts[w, PREEMPTED] != preempted or gives_way(world, worker))
+    ):
+        preempted = fleet.counts[w, PREEMPTED]
+        status = visit(world, worker, kind, until)
     after = fleet.sums[w, END_TIME]
     if status == IDLE:
         after = np.inf
         status = DONE
-        if world.split.prefill_workers > 0 and not prefills_only(world, worker) and give_way(world, worker):
-            after = fleet.sums[w, END_TIME]
     elif status == COASTING:
         after = fleet.sums[w, FORESEEN]
         status = DONE
@@ -242,6 +260,8 @@ def go_on(world, worker, kind, due, users_wait):
         fleet.between[TROUBLE] = status
     tree.put(fleet.clock, worker, after)
     note_load(world, worker)
+    if after == np.inf and fleet.waiting[unsigned(2 * worker)] >= 0:
+        retry(world, worker, fleet.sums[w, END_TIME])  # a preemption may have freed blocks, and no step follows
 
 
 @bare_entry
@@ -293,7 +313,7 @@ def simulate_fleet(world):
                 issued = let_others_know(world, worker, t)
             else:
                 if prefills and split.queued:
-                    pull(world, worker, t)
+                    feed(world, t)
                 if waits:
                     make_room(world, worker, t)
                 go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait)

@@ -9,15 +9,16 @@ from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.placed import fetched
 from vecsim.kernel.places import DESTINATION, SOURCE, free_places, runs_to_move, take_places
-from vecsim.kernel.routing import could_hold, outstanding, route
+from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, could_hold, not_started, outstanding, route
 from vecsim.kernel.state import RESERVED
 from vecsim.kernel.token import follow_up, let_ended_go, reset_requests
-from vecsim.kernel.token_batch import reservation, take_blocks
+from vecsim.kernel.token_batch import give_back, reservation, take_blocks, yield_blocks
 from vecsim.kernel.token_scenarios import memory_of, policy_of
 from vecsim.kernel.token_state import (
     BACKLOG,
-    BLOCKED,
+    BLOCKS,
     COMPUTED,
+    DECODING,
     ENDED,
     ENDED_AT,
     ENQUEUED,
@@ -29,11 +30,15 @@ from vecsim.kernel.token_state import (
     HIT_TOKENS,
     KV,
     LAST_AT,
-    PREEMPTED,
+    LEFT,
+    LEFT_BLOCKS,
+    PINNED,
     PREEMPTIONS,
     PREFILL,
+    PREFILLING,
     PROMPT_TOKENS,
     QUEUED,
+    REPORTED,
     RUNNING,
     SINCE,
     STARTED_AT,
@@ -45,20 +50,22 @@ from vecsim.kernel.token_state import (
     full_blocks,
 )
 from vecsim.kernel.world import (
+    assign,
     bring_up,
     cache_of,
     judge,
     kind_of,
     look_again,
+    note_load,
+    prefills_only,
     send,
+    tell_of_room,
     view,
-    wake,
 )
-from vecsim.kv_cache import ENDLESS
 
-# Rows of `way` [request]: workers of its prefill and decode, -1 where there is none; whether it prefills elsewhere than
-# it decodes; the one after it in a list; what its timer is for
-PREFILLS_AT, DECODES_AT, REMOTE, NEXT, WAITS_FOR, WAY_ROWS = range(6)
+# Rows of `way` [request] after `PREFILLS_AT` and `DECODES_AT`: whether it prefills elsewhere than it decodes; the one
+# after it in a list; what its timer is for
+REMOTE, NEXT, WAITS_FOR, WAY_ROWS = range(2, 6)
 
 # When a request's timer is due, its bytes begin to flow, or their arrival is noticed
 FLOW, NOTICE = range(2)
@@ -147,22 +154,6 @@ def reserve(policy, memory, load, work, cache, measured_from, holds, request):
 
 
 @bare
-def give_back(memory, work, cache, request, full):
-    """Free the blocks that a request holds of a worker where it has no slot; `full` of them have what they can hold."""
-    counts, own = work.counts, work.own
-    r = unsigned(request)
-    if memory.caching:
-        shared, own_start = blocks_with_ids(cache, memory, request)
-        kv.release(
-            counts, cache.nodes, cache.node_of, cache.seen, cache.owned, cache.own, cache.ids, shared, own_start,
-            request, whole(own[HELD, r]), full, False, memory.front,
-        )  # fmt: skip
-    else:
-        counts[FREE] += own[HELD, r]
-    own[HELD, r] = 0
-
-
-@bare
 def local(split, prompt, hit, kv_use, busy, waiting):
     """Whether a request is prefilled by the worker that decodes it.
 
@@ -178,8 +169,6 @@ def local(split, prompt, hit, kv_use, busy, waiting):
         Requests that wait for prefill.
     """
     effective = prompt - hit
-    if split.rule == ALWAYS_REMOTE:
-        return False
     if split.rule == QUEUE_AND_LENGTH:
         chosen = not (effective > split.length and waiting < split.queue_size)
     else:
@@ -243,7 +232,8 @@ def arrive_at_prefill(world, request, worker, t):
     fleet.way[PREFILLS_AT, r] = worker
     fleet.instants[SENT_AT, r] = t
     fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
-    fleet.own[KV, r] = -1
+    fleet.own[KV, r] = PINNED
+    assign(world, request, worker, whole(1))
     send(world, request, worker, t)
 
 
@@ -289,14 +279,15 @@ def go_to_prefill(world, request, t):
 
 
 @bare
-def pull(world, worker, t):
-    """Have a prefill worker with free slots take from the queue for prefill."""
+def feed(world, t):
+    """Have prefill workers with free slots take from the queue for prefill."""
     fleet = world.fleet
     between = fleet.between
     while between[QUEUE_FIRST] >= 0:
         request = whole(between[QUEUE_FIRST])
         judge(world, world.prefill_router, request)
-        if not has_free_slot(world, worker):
+        worker = idle_prefill_worker(world)
+        if worker < 0:
             break
         take_out(between, whole(QUEUE_FIRST), fleet.way)
         between[QUEUED_FOR_PREFILL] -= 1
@@ -306,12 +297,37 @@ def pull(world, worker, t):
 
 
 @bare
+def name_ended(world, worker):
+    """Have the blocks of requests that have ended at a worker be found: their followers may come before they leave."""
+    fleet, load = world.fleet, world.load
+    w = unsigned(worker)
+    memory = memory_of(world.groups[kind_of(world, worker)])
+    if not memory.caching or load.follower.size == 0:
+        return
+    cache = cache_of(world, worker)
+    for i in range(fleet.counts[w, REPORTED]):
+        request = whole(fleet.ended[w, unsigned(i)])
+        r = unsigned(request)
+        shared, own_start = blocks_with_ids(cache, memory, request)
+        computed = whole(load.prompt_tokens[r]) + whole(load.output_tokens[r]) - 1
+        full = min(full_blocks(computed, memory.block_size, memory.shift), shared)
+        named = whole(cache.owned[kv.NAMED, r])
+        if full > named:
+            kv.name(
+                fleet.counts[w], cache.nodes, cache.node_of, cache.seen, cache.own, cache.ids, own_start, request,
+                named, full,
+            )  # fmt: skip
+            cache.owned[kv.NAMED, r] = full
+
+
+@bare
 def try_to_reserve(world, request, worker, t):
     """Reserve a request's blocks at its decode worker, which is at its first boundary from `t` on."""
     fleet = world.fleet
     w = unsigned(worker)
     p = world.groups[kind_of(world, worker)]
     holds = fleet.counts[w, FREE] < fleet.blocks[w]
+    name_ended(world, worker)
     if not reserve(
         policy_of(p), memory_of(p), world.load, view(world, worker, world.work.gaps), cache_of(world, worker),
         world.warmup, holds, request,
@@ -322,6 +338,7 @@ def try_to_reserve(world, request, worker, t):
         own, size = world.work.own, memory_of(p).block_size
         r = unsigned(request)
         take_places(world, whole(DESTINATION), request, worker, whole(own[HELD, r]) - whole(own[HIT, r]) // size)
+    note_load(world, worker)
     look_again(world, worker)  # it may run out of blocks earlier now
     return True
 
@@ -368,11 +385,13 @@ def retry(world, worker, t):
 @bare
 def make_room(world, worker, t):
     """Free what requests that have ended hold at a decode worker, for those that wait for blocks there."""
-    if world.fleet.counts[unsigned(worker), ENDED] > 0:
-        p = world.groups[kind_of(world, worker)]
+    counts = world.fleet.counts
+    w = unsigned(worker)
+    policy = policy_of(world.groups[kind_of(world, worker)])
+    if counts[w, ENDED] > 0 and not (policy.into_empty and counts[w, DECODING] + counts[w, PREFILLING] > 0):
         let_ended_go(
-            view(world, worker, world.work.gaps), fetched(world.load), cache_of(world, worker), memory_of(p),
-            policy_of(p),
+            view(world, worker, world.work.gaps), fetched(world.load), cache_of(world, worker),
+            memory_of(world.groups[kind_of(world, worker)]), policy,
         )  # fmt: skip
     retry(world, worker, t)
 
@@ -472,16 +491,17 @@ def landed(world, request, t):
 
 @bare
 def unpin(world, request, t):
-    """Free what a request holds at its prefill worker."""
+    """Free what a request holds at its prefill worker; what has a slot there still, when it leaves that."""
     fleet = world.fleet
-    worker = whole(fleet.way[PREFILLS_AT, unsigned(request)])
-    free_all(world, request, worker, whole(world.load.prompt_tokens[unsigned(request)]))
+    r = unsigned(request)
+    worker = whole(fleet.way[PREFILLS_AT, r])
     if world.transfer.merges:
         free_places(world, whole(SOURCE), request, worker, whole(0))
-    if fleet.counts[unsigned(worker), WAITING] > 0:
-        wake(world, worker, t)
-    else:
-        look_again(world, worker)
+    if fleet.own[KV, r] == PINNED:
+        fleet.own[KV, r] = 0
+        return
+    free_all(world, request, worker, whole(world.load.prompt_tokens[r]))
+    tell_of_room(world, worker, t)
 
 
 @bare
@@ -513,13 +533,24 @@ def prefilled(world, request, worker, t):
             unpin(world, request, t)
             if split.reserves_first:
                 release(world, request, t)
-            return follow_up(work, load, request, t)
+            return is_answered(world, request, t)
     if split.reserves_first:
         move(world, request, t)
     else:
-        fleet.way[DECODES_AT, r] = route(world, world.router, request, judge(world, world.router, request), t)
+        at = route(world, world.router, request, judge(world, world.router, request), t)
+        fleet.way[DECODES_AT, r] = at
+        assign(world, request, at, whole(0))
         reserve_or_wait(world, request, t)
     return True
+
+
+@bare
+def is_answered(world, request, t):
+    """A request ends at `t`: have what follows it arrive; returns whether there was one to be had."""
+    follower = world.load.follower
+    if follower.size > 0 and follower[unsigned(request)] >= 0:
+        world.fleet.before[unsigned(follower[unsigned(request)])] = request
+    return follow_up(world.work, world.load, request, t)
 
 
 @bare
@@ -527,29 +558,30 @@ def release(world, request, t):
     """A request has ended with its prefill: free what was reserved for its decode."""
     worker = whole(world.fleet.way[DECODES_AT, unsigned(request)])
     bring_up(world, worker, t)
+    world.fleet.counts[unsigned(worker), LEFT] += 1
+    world.fleet.counts[unsigned(worker), LEFT_BLOCKS] += world.work.own[BLOCKS, unsigned(request)]
     free_all(world, request, worker, whole(world.work.own[HIT, unsigned(request)]))
     if world.transfer.merges:
         free_places(world, whole(DESTINATION), request, worker, whole(0))
     look_again(world, worker)
     retry(world, worker, t)
+    tell_of_room(world, worker, t)
 
 
 @bare
-def goes_elsewhere(world, request, worker, t):
-    """Have a request be prefilled elsewhere than at its decode worker, if that is to be; returns whether it is."""
+def go_elsewhere(world, request, worker, t):
+    """Have a request be prefilled elsewhere than at its decode worker: this one, where it is chosen at arrival."""
     fleet, work = world.fleet, world.work
     r = unsigned(request)
-    if not is_remote(world, request, worker, t):
-        return False
     fleet.way[REMOTE, r] = 1
     work.times[SINCE, r] = t
     work.counts[ENQUEUED] += 1
     if world.split.reserves_first:
+        fleet.way[DECODES_AT, r] = worker
+        assign(world, request, worker, whole(0))
         reserve_or_wait(world, request, t)
     else:
-        fleet.way[DECODES_AT, r] = -1
         go_to_prefill(world, request, t)
-    return True
 
 
 @bare
@@ -558,19 +590,20 @@ def is_remote(world, request, worker, t):
     fleet, split = world.fleet, world.split
     w = unsigned(worker)
     able = judge(world, world.prefill_router, request)
-    if able == 0:
-        return False
+    if able == 0 or split.rule == ALWAYS_REMOTE:
+        return able > 0
     memory = memory_of(world.groups[kind_of(world, worker)])
     prompt = whole(world.load.prompt_tokens[unsigned(request)])
+    name_ended(world, worker)
     hit = hit_tokens(cache_of(world, worker), memory, prompt, request)
-    used = (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w] if memory.blocks < ENDLESS else 0.0
+    used = (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w]
     waiting = whole(fleet.between[QUEUED_FOR_PREFILL])
     busy = False
     if split.queued:
         busy = waiting > 0 or idle_prefill_worker(world) < 0
     else:
         for other in range(split.prefill_workers):
-            waiting += fleet.counts[unsigned(other), WAITING]
+            waiting += not_started(fleet, other)
         turn = fleet.turn[world.prefill_router.place]
         chosen = route(world, world.prefill_router, request, able, t)
         fleet.turn[world.prefill_router.place] = turn
@@ -579,28 +612,17 @@ def is_remote(world, request, worker, t):
 
 
 @bare
-def give_way(world, worker):
-    """A decode worker can't admit anything for want of blocks, and nothing runs: free those of the last that came.
+def gives_way(world, worker):
+    """A decode worker has nothing that it could do: have the last that waits give back the blocks that it holds there.
 
-    It will compute all anew. Returns whether there was one.
+    Returns whether there was one.
     """
-    fleet, own = world.fleet, world.work.own
-    w = unsigned(worker)
-    if fleet.counts[w, WAITING] == 0 or fleet.counts[w, RUNNING] > 0 or fleet.counts[w, BLOCKED] == 0:
+    if prefills_only(world, worker):
         return False
-    last = whole(-1)
-    for request in range(world.load.prompt_tokens.size):
-        r = unsigned(request)
-        has_blocks = fleet.way[DECODES_AT, r] == worker and own[STATE, r] == QUEUED and own[KV, r] > 0
-        if has_blocks and (last < 0 or fleet.instants[NOTICED_AT, r] >= fleet.instants[NOTICED_AT, unsigned(last)]):
-            last = request
-    if last < 0:
-        return False
-    free_all(world, last, worker, int(own[KV, unsigned(last)]) - 1)
-    own[KV, unsigned(last)] = 0
-    own[PREEMPTIONS, unsigned(last)] += 1
-    fleet.counts[w, PREEMPTED] += 1
-    return True
+    p = world.groups[kind_of(world, worker)]
+    return yield_blocks(
+        view(world, worker, world.work.gaps), world.load.arrived_at, cache_of(world, worker), memory_of(p), policy_of(p)
+    )
 
 
 @bare
@@ -618,6 +640,15 @@ def join(world):
         times[STARTED_AT, r] = fleet.times[STARTED_AT, r]
         fleet.times[STARTED_AT, r] = decodes_from
         own[PREEMPTIONS, r] += fleet.own[PREEMPTIONS, r]
+        if np.isnan(fleet.instants[PREFILLED_AT, r]):  # of a step that was under way at the end
+            ended_at = fleet.times[ENDED_AT, r]
+            fleet.instants[PREFILLED_AT, r] = ended_at
+            if world.split.first_by_prefill:
+                times[FIRST_AT, r] = ended_at
+                if world.load.output_tokens[r] == 1 and not np.isnan(ended_at):
+                    own[STATE, r] = GONE
+                    own[GENERATED, r] = 1
+                    times[ENDED_AT, r] = ended_at
         if own[STATE, r] == UNSEEN:
             # It has not come to its decode worker
             own[GENERATED, r] = 0 if np.isnan(times[FIRST_AT, r]) else 1

@@ -14,6 +14,7 @@ from vecsim.kernel.token_state import (
     BEGUN_BLOCKS,
     LEFT,
     LEFT_BLOCKS,
+    REPORTED,
     RUNNING,
     WAITING,
     blocks_for,
@@ -26,6 +27,9 @@ ROUND_ROBIN, RANDOM, LEAST_OUTSTANDING, POWER_OF_TWO, LEAST_KV, STICKY, KV_AWARE
 
 # Places of a router: it chooses who decodes, or who prefills only
 DECODES, PREFILLS = range(2)
+
+# Rows of `way` [request]: workers of its prefill and decode, -1 where there is none; others in `vecsim.kernel.handover`
+PREFILLS_AT, DECODES_AT = range(2)
 
 # Rows of `fleet.survey` [worker]: whether it could hold the request; requests there, those that wait, and that run;
 # share of its KV memory in use; blocks of the prompt that it is known to have; prompts' blocks that are to be computed,
@@ -64,6 +68,13 @@ def outstanding(fleet, worker):
 
 
 @inlined
+def not_started(fleet, worker):
+    """Those of them that have no slot."""
+    w = unsigned(worker)
+    return outstanding(fleet, worker) - int(fleet.counts[w, RUNNING] - fleet.counts[w, REPORTED])
+
+
+@inlined
 def load_of(fleet, router, worker):
     """What a router wants to be least; 0 where it goes by no load."""
     w = unsigned(worker)
@@ -84,6 +95,15 @@ def looks_inside(router):
     return router.code == LEAST_KV or router.code >= KV_AWARE
 
 
+@inlined
+def served_before(fleet, router, request):
+    """The worker that did for the session's last request what the router is to choose one for; -1 if none did."""
+    before = whole(fleet.before[unsigned(request)])
+    if before < 0:
+        return whole(-1)
+    return whole(fleet.way[PREFILLS_AT if router.place == PREFILLS else DECODES_AT, unsigned(before)])
+
+
 @bare
 def route(world, router, request, able, t):
     """The worker for a request at `t`, of the `able` ones of the kinds in `fleet.fits`; -1 where there is none."""
@@ -93,9 +113,9 @@ def route(world, router, request, able, t):
     if able == 0:
         return -1
     code = router.code
-    if code == STICKY and fleet.bound[unsigned(request)] >= 0:
-        worker = whole(fleet.bound[unsigned(request)])
-        if could_hold(fleet, worker):
+    if code == STICKY:
+        worker = served_before(fleet, router, request)
+        if worker >= 0 and could_hold(fleet, worker):
             return worker
     if code in (ROUND_ROBIN, STICKY):
         turn = fleet.turn[router.place]
@@ -253,7 +273,7 @@ def choose_own(world, router, request, incoming, t):
                 rows[DECODE_BLOCKS, first:last],
                 whole(world.load.prompt_tokens[unsigned(request)]),
                 incoming,
-                whole(fleet.bound[unsigned(request)]) - first,
+                served_before(fleet, router, request) - first,
                 whole(request),
                 t,
             ),

@@ -396,7 +396,7 @@ class Fleet(NamedTuple):
     expected: Array  # [request] cached blocks that the router counted on
     survey: Array  # [row, worker] as in `vecsim.kernel.routing`
     turn: Array  # [2] of a round robin: over those that decode, and those that prefill only
-    bound: Array  # [request] the worker that its session is bound to, -1 if none
+    before: Array  # [request] the one before it in its session, -1 if none
     clock: Array  # a tree: when the step of a worker ends, infinite if it sleeps
     loads: Array  # [router's place] a tree: what it wants to be least
     way: Array  # [row, request] as in `vecsim.kernel.handover`

@@ -86,6 +86,8 @@ from vecsim.kernel.token_state import (
     OPEN,
     OPEN_SUM,
     PEAK,
+    PINNED,
+    PINNED_ALONE,
     PLACE,
     PREFILL,
     PREFILLING,
@@ -242,7 +244,8 @@ def let_ended_go(work, load, cache, memory, policy):
         computed = int(prompt[r]) + int(output[r]) - 1
         held = int(own[HELD, r]) if policy.hold == RESERVED else blocks_for(computed, memory.block_size, memory.shift)
         full = full_blocks(computed, memory.block_size, memory.shift)
-        if own[KV, r] < 0:
+        if own[KV, r] == PINNED:
+            own[KV, r] = PINNED_ALONE
             counts[RUNNING] -= 1
         else:
             let_go(counts, cache, memory, request, held, full, False)

@@ -8,7 +8,16 @@ from vecsim.kernel.address import call_rule
 from vecsim.kernel.heap import enter, leave
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
-from vecsim.kernel.state import AS_SCHEDULED, FEWEST_TOKENS, LAST, LEAST_URGENT, RESERVED, WHOLE_PROMPT, TokenBatch
+from vecsim.kernel.state import (
+    ALONE,
+    AS_SCHEDULED,
+    FEWEST_TOKENS,
+    LAST,
+    LEAST_URGENT,
+    RESERVED,
+    WHOLE_PROMPT,
+    TokenBatch,
+)
 from vecsim.kernel.token_state import (
     AFTER,
     BACKLOG,
@@ -182,6 +191,81 @@ def preempt(work, load, cache, memory, policy, request, t):
         put_last(counts, own, QUEUE_HEAD, request)
     else:
         put_first(counts, own, QUEUE_HEAD, request)
+
+
+@bare
+def give_back(memory, work, cache, request, full):
+    """Free the blocks that a request holds of a worker where it has no slot; `full` of them have what they can hold."""
+    counts, own = work.counts, work.own
+    r = unsigned(request)
+    if memory.caching:
+        shared, own_start = blocks_with_ids(cache, memory, request)
+        kv.release(
+            counts, cache.nodes, cache.node_of, cache.seen, cache.owned, cache.own, cache.ids, shared, own_start,
+            request, whole(own[HELD, r]), full, False, memory.front,
+        )  # fmt: skip
+    else:
+        counts[FREE] += own[HELD, r]
+    own[HELD, r] = 0
+
+
+@bare
+def last_holder(work, arrived_at, policy):
+    """The last in the queue of those that hold blocks there; -1 if none does. O(queue), in ranks x log of it."""
+    counts, own, ranks = work.counts, work.own, work.times[RANK]
+    last = whole(-1)
+    if policy.order == FIRST_COME:
+        request = whole(counts[QUEUE_HEAD])
+        while request >= 0:
+            if own[KV, unsigned(request)] > 0:
+                last = request
+            request = whole(own[AFTER, unsigned(request)])
+        return last
+    # Those that were taken from the heap are tied to one another, the last first, until all go back.
+    root, taken = whole(counts[HEAP]), whole(-1)
+    while root >= 0:
+        request = root
+        root = whole(leave(root, own[AFTER], own[BEFORE], ranks, arrived_at))
+        if own[KV, unsigned(request)] > 0:
+            last = request
+        own[AFTER, unsigned(request)] = taken
+        taken = request
+    while taken >= 0:
+        request = taken
+        taken = whole(own[AFTER, unsigned(request)])
+        root = whole(enter(root, request, own[AFTER], own[BEFORE], ranks, arrived_at))
+    counts[HEAP] = root
+    return last
+
+
+@bare
+def yield_blocks(work, arrived_at, cache, memory, policy):
+    """Have the last in the queue of those that hold blocks there give them back; returns whether there was one.
+
+    What was brought for it is lost: it will compute all anew.
+    """
+    counts, own = work.counts, work.own
+    last = last_holder(work, arrived_at, policy)
+    if last < 0:
+        return False
+    r = unsigned(last)
+    give_back(memory, work, cache, last, full_blocks(whole(own[HIT, r]), memory.block_size, memory.shift))
+    own[KV, r] = 0
+    own[PREEMPTIONS, r] += 1
+    counts[PREEMPTED] += 1
+    counts[BLOCKED] = 0
+    return True
+
+
+@inlined
+def is_spared(work, load, cache, memory, policy):
+    """Whether the last running request need not be preempted, since one that waits gave its blocks back instead."""
+    counts = work.counts
+    return (
+        load.visit != ALONE
+        and counts[DECODING] + counts[PREFILLING] == 1
+        and yield_blocks(work, load.arrived_at, cache, memory, policy)
+    )
 
 
 @bare
@@ -436,6 +520,8 @@ def grow(work, load, cache, memory, policy, phase, t):
                 continue
         need = 1 if one_by_one else int(residues[unsigned(phase)])
         while need > counts[FREE] and (policy.victim != FEWEST_TOKENS or counts[DECODING] + counts[PREFILLING] > 1):
+            if is_spared(work, load, cache, memory, policy):
+                continue
             victim = find_victim(work, load, policy.victim)
             preempt(work, load, cache, memory, policy, victim, t)
             need = int(is_active(own, stack, place)) if one_by_one else int(residues[unsigned(phase)])
@@ -529,6 +615,8 @@ def form(work, load, cache, memory, policy, own_rule, measured_from, t):
                 and hold - own[HELD, r] > counts[FREE]
                 and (policy.victim != FEWEST_TOKENS or counts[DECODING] + counts[PREFILLING] > 1)
             ):
+                if is_spared(work, load, cache, memory, policy):
+                    continue
                 victim = find_victim(work, load, policy.victim)
                 left += unschedule(counts, chunk_of, chunk_tokens, victim)
                 preempt(work, load, cache, memory, policy, victim, t)
@@ -626,6 +714,8 @@ def walk(work, load, cache, memory, policy, t):
         if tokens == 0:
             continue
         while is_active(own, stack, place) and more > counts[FREE]:
+            if is_spared(work, load, cache, memory, policy):
+                continue
             victim = find_victim(work, load, policy.victim)
             v = unsigned(victim)
             if own[STATE, v] == DECODE:

@@ -3,8 +3,8 @@
 import numpy as np
 
 from vecsim.kernel import token_state
-from vecsim.kernel.handover import DECODES_AT
 from vecsim.kernel.jit import entry
+from vecsim.kernel.routing import DECODES_AT
 from vecsim.kernel.token_scenarios import AT_COMPLETION, FLEET, PER_TOKEN
 
 

@@ -485,7 +485,7 @@ def room_of(fleet, groups, workers):
         leaves *= 2
     return Fleet(
         fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent, fleet.sent_blocks, fleet.sent_new,
-        fleet.expected, fleet.survey, fleet.turn, fleet.bound, fleet.clock[: 2 * leaves], fleet.loads, fleet.way,
+        fleet.expected, fleet.survey, fleet.turn, fleet.before, fleet.clock[: 2 * leaves], fleet.loads, fleet.way,
         fleet.instants, fleet.moved, fleet.left, fleet.runs, fleet.allocator, fleet.next_block,
         fleet.chains, fleet.places, fleet.timers, fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times,
         fleet.owned, fleet.own_blocks, fleet.links, fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts,

@@ -30,12 +30,15 @@ GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGES
 
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch. `AFTER` and `BEFORE` tie it to others in the calendar then, in the queue before.
-# `KV` is one more than the tokens whose keys and values were brought here for it, 0 if none were; below 0, what it
-# holds stays when it ends. A router has counted `BLOCKS` of its prompt, `NEW_BLOCKS` of which it took to be new.
+# `KV` is one more than the tokens whose keys and values were brought here for it, 0 if none were; `PINNED` if what it
+# holds stays when it ends, `PINNED_ALONE` when it has ended and has no slot any more. A router has counted `BLOCKS` of
+# its prompt, `NEW_BLOCKS` of which it took to be new.
 (
     COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, BLOCKS,
     NEW_BLOCKS, KV, OWN_ROWS,
 ) = range(17)  # fmt: skip
+
+PINNED, PINNED_ALONE = -1, -2
 
 # Rows of `times` [request], seconds. `SINCE` is since when it waits; until it arrives, when it will.
 STARTED_AT, FIRST_AT, ENDED_AT, LAST_AT, RANK, SINCE, TIME_ROWS = range(7)

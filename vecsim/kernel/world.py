@@ -25,12 +25,13 @@ from vecsim.kernel.token_state import (
     END_TIME,
     FORESEEN,
     INBOX_HEAD,
-    KV,
     LONGEST,
     MEASURING,
     NEW_BLOCKS,
     NOW,
+    RUNNING,
     SINCE,
+    WAITING,
     blocks_for,
     put_last,
 )
@@ -206,6 +207,22 @@ def note_load(world, worker):
 
 
 @bare
+def assign(world, request, worker, computes):
+    """One more request is outstanding at a worker, which is to compute its prompt or not."""
+    fleet = world.fleet
+    w, r = unsigned(worker), unsigned(request)
+    own = fleet.own if prefills_only(world, worker) else world.work.own
+    memory = memory_of(world.groups[kind_of(world, worker)])
+    blocks = blocks_for(whole(world.load.prompt_tokens[r]), memory.block_size, memory.shift)
+    own[BLOCKS, r] = blocks
+    own[NEW_BLOCKS, r] = max(blocks - fleet.expected[r], 0) if computes else 0
+    fleet.sent[w] += 1
+    fleet.sent_blocks[w] += blocks
+    fleet.sent_new[w] += own[NEW_BLOCKS, r]
+    note_load(world, worker)
+
+
+@bare
 def send(world, request, worker, t):
     """Put a request into the inbox of a worker that is at its first boundary from `t` on; wake it if it sleeps."""
     fleet, work = world.fleet, world.work
@@ -217,15 +234,17 @@ def send(world, request, worker, t):
     else:
         work.times[SINCE, r] = t
     put_last(fleet.counts[w], own, INBOX_HEAD, request)
-    memory = memory_of(world.groups[kind_of(world, worker)])
-    blocks = blocks_for(whole(world.load.prompt_tokens[r]), memory.block_size, memory.shift)
-    own[BLOCKS, r] = blocks
-    own[NEW_BLOCKS, r] = 0 if own[KV, r] > 0 else max(blocks - fleet.expected[r], 0)
-    fleet.sent[w] += 1
-    fleet.sent_blocks[w] += blocks
-    fleet.sent_new[w] += own[NEW_BLOCKS, r]
-    note_load(world, worker)
     wake(world, worker, t)
+
+
+@bare
+def tell_of_room(world, worker, t):
+    """Blocks of a worker have come free beside its steps: it is to see whether it can go on."""
+    counts = world.fleet.counts
+    w = unsigned(worker)
+    note_load(world, worker)
+    if counts[w, WAITING] > 0 or counts[w, RUNNING] > 0:
+        wake(world, worker, t)
 
 
 @bare
