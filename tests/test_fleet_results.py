@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import vecsim as sim
 from vecsim import plot
 from vecsim.paths import HOPS, TOGETHER, exact_parts, first_token_moments
+from vecsim.sweep.report import table
 from vecsim.variables import PARTS
 
 STEP_TIME = sim.LinearStepTime(base=2e-3, per_request=1e-4, per_prefill_token=2e-5)
@@ -274,16 +275,29 @@ def test_bars_are_as_long_as_the_parts(run, cluster, swept):
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == [part for part in PARTS if part in names]
     assert {"prefill", "transfer"} <= set(names)
-    combinations = plot.ttft_parts(swept).axes[0]
-    assert [text.get_text() for text in combinations.get_yticklabels()] == [
-        "request rate 5, arrival", "request rate 5, prefill", "request rate 20, arrival", "request rate 20, prefill",
-    ]  # fmt: skip
-    ends = max(bar.get_x() + bar.get_width() for bar in combinations.patches)
+    panels = plot.ttft_parts(swept).axes
+    assert [axis.get_title(loc="left") for axis in panels] == ["request rate 5", "request rate 20"]
+    assert [[text.get_text() for text in axis.get_yticklabels()] for axis in panels] == 2 * [["arrival", "prefill"]]
+    ends = max(bar.get_x() + bar.get_width() for axis in panels for bar in axis.patches)
+    (alone,) = plot.ttft_parts(swept.isel(reserve=0)).axes
+    assert alone.get_title(loc="left") == "all requests served; means over 2 seeds"
+    assert [text.get_text() for text in alone.get_yticklabels()] == ["request rate 5", "request rate 20"]
     assert ends == pytest.approx(float(swept.ttft.sel(stat="mean").mean("seed").max()))
     by_class = plot.ttft_parts(run, by="class").axes[0]
     assert [text.get_text() for text in by_class.get_yticklabels()] == ["all requests"]
-    one = plot.lines(swept, variables="ttft_parts")
-    assert len(one.axes[0].lines) > 0
+    assert table(swept).count("\n") > 3  # neither classes nor parts make rows
+    assert plot.lines(swept).axes[0].lines
+    for name, lines in (("ttft_parts", 7), ("class_goodput", 2)):  # as many as there are colours
+        assert (
+            len(
+                {
+                    line.get_color()
+                    for axis in plot.lines(swept.isel(reserve=0), variables=name).axes
+                    for line in axis.lines
+                }
+            )
+            == lines
+        )
     with pytest.raises(ValueError, match="variables must all be over part or none of them, got ttft, ttft_parts"):
         plot.lines(swept, variables=["ttft", "ttft_parts"])
     with pytest.raises(ValueError, match='by must be "rank" or "class"'):

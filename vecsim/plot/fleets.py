@@ -90,7 +90,7 @@ def ttft_parts(*runs: "Run | xr.Dataset", by: str = "rank", labels: "Sequence[st
     ----------
     *runs : Run or xarray.Dataset
         Runs of the token model, one below the other; or one Dataset of a sweep of disaggregated fleets, of which each
-        combination of its axes gets a bar (at most 32; means over its seeds).
+        combination of its axes gets a bar (at most 32; means over its seeds), in a panel for each value of the first.
     by : "rank" or "class"
         What the requests of a run are put together by: their time to first token (the faster half, the next 40 %, the
         next 9 %, the slowest 1 %), or their class.
@@ -114,7 +114,7 @@ def ttft_parts(*runs: "Run | xr.Dataset", by: str = "rank", labels: "Sequence[st
         raise ValueError(f'by must be "rank" or "class", got {by!r}')
     panels: list[Panel]
     if any(isinstance(run, xr.Dataset) for run in runs):
-        panels = [panel_of_sweep(*runs)]
+        panels = panels_of_sweep(*runs)
     else:
         named = labels if labels is not None else titles(runs)
         if len(named) != len(runs):
@@ -201,8 +201,8 @@ def by_class(run: "Run") -> list[Row]:
     ]
 
 
-def panel_of_sweep(*datasets: Any) -> Panel:
-    """(title, a row for each combination of a sweep's axes)."""
+def panels_of_sweep(*datasets: Any) -> list[Panel]:
+    """(title, rows) for each place along the first of a sweep's axes; where it has one alone, a single panel."""
     from vecsim.sweep.report import other_dims, texts
 
     if len(datasets) > 1:
@@ -212,20 +212,25 @@ def panel_of_sweep(*datasets: Any) -> Panel:
     if "ttft_parts" not in dataset:
         raise ValueError("dataset must be of disaggregated fleets, with `ttft_parts`, got none")
     parts = dataset.ttft_parts.mean("seed") if "seed" in dataset.sizes else dataset.ttft_parts
+    seeds = dataset.sizes.get("seed", 1)
+    title = run_time(dataset) + (f"; means over {seeds} seeds" if seeds > 1 else "")
     dims = other_dims(parts.to_dataset(), None)
-    # A number says little without the name of its axis
-    numeric = [dim in dataset.coords and dataset[dim].dtype.kind in "iufb" for dim in dims]
-    named = [
-        [f"{dim.replace('_', ' ').replace('.', ' ')} {text}" if number else text for text in texts(dataset, dim)]
-        for dim, number in zip(dims, numeric, strict=True)
-    ]
-    rows: list[Row] = []
+
+    def called(dim: str, text: str) -> str:
+        """A number says little without the name of its axis."""
+        if dim in dataset.coords and dataset[dim].dtype.kind in "iufb":
+            text = f"{dim.replace('.', ' ')} {text}"
+        return text.replace("_", " ")
+
+    named = [[called(dim, text) for text in texts(dataset, dim)] for dim in dims]
+    panels: dict[str, list[Row]] = {}
     for index in np.ndindex(tuple(parts.sizes[dim] for dim in dims)):
         means = parts.isel(dict(zip(dims, index, strict=True))).values
         if np.isfinite(means).all():
-            text = ", ".join(names[i] for names, i in zip(named, index, strict=True))
-            rows.append((text or "all requests", dict(zip(PARTS, means.tolist(), strict=True))))
-    if not rows or len(rows) > MOST_BARS:
-        raise ValueError(f"dataset must have 1 to {MOST_BARS} combinations with a first token, got {len(rows)}")
-    seeds = dataset.sizes.get("seed", 1)
-    return run_time(dataset) + (f"; means over {seeds} seeds" if seeds > 1 else ""), rows
+            told = [names[i] for names, i in zip(named, index, strict=True)] or ["all requests"]
+            panel = told.pop(0) if len(told) > 1 else title
+            panels.setdefault(panel, []).append((", ".join(told), dict(zip(PARTS, means.tolist(), strict=True))))
+    bars = sum(map(len, panels.values()))
+    if not 1 <= bars <= MOST_BARS:
+        raise ValueError(f"dataset must have 1 to {MOST_BARS} combinations with a first token, got {bars}")
+    return list(panels.items())
