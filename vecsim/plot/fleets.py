@@ -61,18 +61,19 @@ def draw_workers(axis: "Axes", run: "Run", workers: int, edges: Array) -> None:
     if isinstance(run.engine, DisaggregatedEngine):
         axis.axhline(run.engine.prefill_workers - 0.5, color="white", linewidth=2)
         axis.set_ylabel("prefill | decode workers" if workers > 4 else "worker")
-        draw_transfers(axis, run)
+        draw_transfers(axis, run, workers)
 
 
-def draw_transfers(axis: "Axes", run: "Run") -> None:
+def draw_transfers(axis: "Axes", run: "Run", workers: int) -> None:
     """A line for each transfer, from its prefill worker when it begins to its decode worker when it has ended.
 
-    Of more than `MOST_LINES`, so many are drawn, evenly chosen.
+    Of more than `MOST_LINES`, so many are drawn, evenly chosen; fewer where they cross the rows of many workers.
     """
     requests = run.requests
     moved = np.flatnonzero(np.isfinite(requests.transfer_noticed_at.values))
-    if moved.size > MOST_LINES:
-        moved = moved[np.linspace(0, moved.size - 1, MOST_LINES).astype(np.int64)]
+    most = max(1, int(MOST_LINES / max(1.0, workers / 8)))
+    if moved.size > most:
+        moved = moved[np.linspace(0, moved.size - 1, most).astype(np.int64)]
     ends = [
         np.stack([requests[at].values[moved], requests[worker].values[moved]], axis=-1)
         for at, worker in (("transfer_began_at", "prefill_worker"), ("transfer_noticed_at", "worker"))
