@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numba
 import numpy as np
+import xarray as xr
 
 import vecsim as sim
 from vecsim.sweep.spec import read_spec
@@ -84,6 +85,26 @@ def disaggregated():
     return sim.plot.sweep(sim.sweep(spec.engine, spec.time_limit, **spec.keywords()))
 
 
+def parts():
+    """What the time to first token is made of, for three shares of eight GPUs and three bandwidths."""
+    load = sim.PoissonLoadGenerator(
+        request_rate=32,
+        prompt_tokens=sim.LogNormal(mean=4000, std=3000),
+        output_tokens=sim.LogNormal(mean=200, std=160),
+    )
+    server = sim.presets.fitted("vllm-0.15-h100", model="llama-3.1-8b", load_generator=load, max_batch_size=256)
+    apart = sim.presets.dynamo_gen2(
+        prefill=sim.Pool.of(server),
+        decode=sim.Pool.of(server),
+        transfer=sim.KVTransfer.of("llama-3.1-8b", "infiniband-ndr"),
+        load_generator=load,
+        overheads=server.overheads,
+    )
+    prefill = xr.DataArray([4, 5, 6], dims="share")
+    axes = {"prefill_workers": prefill, "decode_workers": 8 - prefill, "transfer.bandwidth": [50e9, 25e9, 11e9]}
+    return sim.plot.ttft_parts(sim.sweep(apart, 60, **axes, seed=range(8)))
+
+
 PICTURES = {
     "runs": runs,
     "sweep": sweep,
@@ -91,6 +112,7 @@ PICTURES = {
     "policy": policy,
     "cache": cache,
     "disaggregated": disaggregated,
+    "parts": parts,
 }
 
 

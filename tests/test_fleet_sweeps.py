@@ -56,7 +56,7 @@ def test_the_pools_of_a_disaggregated_engine_are_told_by_their_fields():
 def test_prefill_and_decode_workers_vary_together_at_a_constant_number():
     prefill, decode = (xr.DataArray(counts, dims="ratio") for counts in ([1, 2, 3], [3, 2, 1]))
     ds = swept(APART, prefill_workers=prefill, decode_workers=decode, request_rate=[10, 20])
-    assert dict(ds.sizes) == {"ratio": 3, "request_rate": 2, "stat": 6}
+    assert dict(ds.sizes) == {"ratio": 3, "request_rate": 2, "stat": 6, "part": 9}
     np.testing.assert_array_equal(ds.prefill_workers + ds.decode_workers, 4)
 
 
@@ -236,6 +236,12 @@ def test_a_fitted_set_is_for_every_pool_and_a_change_replaces_one_axis_of_two_th
         code, _, error = cli(tmp_path, "disaggregated", *small, "--set", change)
         assert code == 0, error
         with xr.open_dataset(tmp_path / "a.nc") as ds:
-            assert dict(ds.sizes) == {"transfer.bandwidth": 3, "ratio": 4, change.partition("=")[0]: 2, "stat": 6}
+            assert dict(ds.sizes) == {
+                "transfer.bandwidth": 3,
+                "ratio": 4,
+                change.partition("=")[0]: 2,
+                "stat": 6,
+                "part": 9,
+            }
     code, _, error = cli(tmp_path, "disaggregated", *small, "--set", "local_prefill=none,PromptLengthRule")
     assert code == 0, error

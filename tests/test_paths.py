@@ -82,8 +82,8 @@ def test_what_is_not_there_is_refused():
     ).run()
     with pytest.raises(ValueError, match="workers are there for fleets"):
         _ = engine.workers
-    with pytest.raises(ValueError, match="ttft_parts are there for a DisaggregatedEngine"):
-        _ = sim.Cluster(pool=POOL, load_generator=LOAD).run().ttft_parts
+    with pytest.raises(ValueError, match="transfer_parts are there for a DisaggregatedEngine"):
+        _ = sim.Cluster(pool=POOL, load_generator=LOAD).run().transfer_parts
 
 
 def test_pictures_show_transfers_and_parts():

@@ -12,6 +12,7 @@ from vecsim.kernel.state import Array
 from vecsim.memory import require_results
 from vecsim.variables import (
     APART_REQUEST_VARIABLES,
+    APART_VARIABLES,
     CLASS_VARIABLES,
     FLEET_REQUEST_VARIABLES,
     REQUEST_VARIABLES,
@@ -22,7 +23,7 @@ from vecsim.variables import (
 
 # Names that results use: an axis over a field of such a name is a dimension under its full path.
 TAKEN = {
-    *("stat", "request", "time", "run", "queue_size", "class"),
+    *("stat", "request", "time", "run", "queue_size", "class", "part"),
     *(
         variable.name
         for variables in (
@@ -30,6 +31,7 @@ TAKEN = {
             REQUEST_VARIABLES,
             TOKEN_VARIABLES,
             CLASS_VARIABLES,
+            APART_VARIABLES,
             TOKEN_REQUEST_VARIABLES,
             FLEET_REQUEST_VARIABLES,
             APART_REQUEST_VARIABLES,

@@ -8,8 +8,10 @@ from vecsim.axes import TAKEN, Plan
 from vecsim.declaration import Declaration, as_json, to_plain
 from vecsim.kernel.state import Array, TokenRecord
 from vecsim.variables import (
+    APART_VARIABLES,
     CLASS_VARIABLES,
     FLEET_REQUEST_VARIABLES,
+    PARTS,
     REQUEST_VARIABLES,
     STEP_VARIABLES,
     TOKEN_REQUEST_VARIABLES,
@@ -31,8 +33,12 @@ def metrics_dataset(
     attrs: dict[str, Any],
     token: bool = False,
     classes: tuple[str, ...] = (),
+    apart: bool = False,
 ) -> "xr.Dataset":
-    """A Dataset of all output variables over the dimensions in `sizes` (and `stat`, and `class` if there are any)."""
+    """A Dataset of all output variables over the dimensions in `sizes` (and `stat`, and `class` if there are any).
+
+    `apart` is whether it is of fleets that keep prefill apart: then there is `part` too.
+    """
     import xarray as xr
 
     dims = tuple(sizes)
@@ -50,10 +56,19 @@ def metrics_dataset(
             variables[variable.name] = describe(variable, dims, values.reshape(shape))
     coords = {**coords, "stat": ("stat", np.array(stats))}
     if classes:
-        by_class = metrics[:, at:].reshape(*shape, len(classes), len(CLASS_VARIABLES))
+        width = len(classes) * len(CLASS_VARIABLES)
+        by_class = metrics[:, at : at + width].reshape(*shape, len(classes), len(CLASS_VARIABLES))
+        at += width
         for i, variable in enumerate(CLASS_VARIABLES):
             variables[variable.name] = describe(variable, (*dims, "class"), by_class[..., i])
         coords["class"] = ("class", np.array(classes))
+    if apart:
+        *scalars, parts = APART_VARIABLES
+        for i, variable in enumerate(scalars):
+            variables[variable.name] = describe(variable, dims, metrics[:, at + i].reshape(shape))
+        values = metrics[:, at + len(scalars) :].reshape(*shape, len(PARTS))
+        variables[parts.name] = describe(parts, (*dims, "part"), values)
+        coords["part"] = ("part", np.array(PARTS))
     return xr.Dataset(variables, coords, attrs)
 
 

@@ -1,14 +1,18 @@
-"""Where the requests of a disaggregated fleet went, and what their time to first token was made of."""
+"""Where the requests of a fleet went, what their time to first token was made of, and what workers and links did."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vecsim.kernel.state import Array, Fleet, StepRecord
-from vecsim.variables import Variable
+from vecsim.series import mean_in_intervals
+from vecsim.variables import PARTS, Variable
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from vecsim.overheads import Overheads
+    from vecsim.transfer import KVTransfer
 
 
 class Path(NamedTuple):
@@ -16,13 +20,19 @@ class Path(NamedTuple):
 
     prefill_worker: Array
     remote: Array
+    prefill_hit_tokens: Array
     reserved_at: Array
     prefill_queued_at: Array
+    prefill_sent_at: Array
     prefilled_at: Array
     transfer_began_at: Array
+    flow_began_at: Array
+    flow_ended_at: Array
     transfer_noticed_at: Array
+    decode_started_at: Array
     transfer_bytes: Array
     transfer_runs: Array
+    transfer_left: Array
     bandwidth: Array
     moved: Array
     busy: Array
@@ -31,96 +41,183 @@ class Path(NamedTuple):
 PATH_VARIABLES = (
     Variable("prefill_worker", "prefill worker", "", "worker that prefilled the request; -1: none yet", whole=True),
     Variable("remote", "prefilled remotely", "1", "1: prefilled elsewhere than at the worker that decodes", whole=True),
+    Variable(
+        "prefill_hit_tokens",
+        "cached prompt tokens at the prefill worker",
+        "tokens",
+        "found in the prefix cache when its remote prefill was admitted; `hit_tokens` are those of the decode worker",
+        whole=True,
+    ),
     Variable("reserved_at", "reservation", "s", "when its blocks were reserved at the decode worker"),
-    Variable("prefill_queued_at", "begin of the wait for prefill", "s", "when it was sent to prefill"),
+    Variable(
+        "prefill_queued_at", "begin of the wait for prefill", "s", "when it was sent to prefill, or queued for it"
+    ),
+    Variable("prefill_sent_at", "arrival at the prefill worker", "s", "when it was sent to its prefill worker"),
     Variable("prefilled_at", "end of prefill", "s", "when its remote prefill had ended"),
-    Variable("transfer_began_at", "begin of transfer", "s", "when its keys and values began to move"),
+    Variable("transfer_began_at", "begin of transfer", "s", "when the transfer of its keys and values was set up"),
+    Variable("flow_began_at", "begin of flow", "s", "when their bytes began to flow"),
+    Variable("flow_ended_at", "end of flow", "s", "when all of their bytes had come"),
     Variable("transfer_noticed_at", "end of transfer", "s", "when their arrival was noticed"),
+    Variable(
+        "decode_started_at", "start at the decode worker", "s", "begin of its first step there after a remote prefill"
+    ),
     Variable("transfer_bytes", "bytes moved", "B", "keys and values that the decode worker lacked"),
     Variable("transfer_runs", "runs moved", "1", "stretches of blocks that moved at once", whole=True),
+    Variable("transfer_left", "share moved after the prefill", "1", "what wasn't hidden behind the prefill; 1: all"),
 )
 
-# Parts of the time to first token, in the order in which they pass
-PARTS = (
-    "before routing",
-    "wait for decode blocks",
-    "wait for prefill",
-    "prefill",
-    "wait for decode blocks after prefill",
-    "transfer",
-    "first decode step",
-    "until seen",
-)
+TRANSFER_TIME = Variable("transfer_time", "transfer time", "s", "from its begin until its end was noticed")
+HOP_TIME = Variable("hop_time", "wait at each hop", "s", "for decode blocks, in the prefill queue, at either worker")
+
+# Where a request of a disaggregated fleet may wait
+HOPS = ("decode blocks", "prefill queue", "prefill worker", "decode worker")
+
+# The parts where each worker does both
+TOGETHER = ("before routing", "wait for prefill", "prefill", "until seen")
+
+TRANSFER_PARTS = ("set-up", "flow", "transpose", "polling")
 
 
 def path_of(fleet: Fleet, came: Array) -> Path:
     """What is kept of a scenario's fleet; `came` is which requests came [request]."""
     from vecsim.kernel import handover, links
+    from vecsim.kernel.token_state import HIT, STARTED_AT
 
     requests = np.flatnonzero(came)
     way, instants = fleet.way[:, requests], fleet.instants[:, requests]
     workers = fleet.group.size
     loads = fleet.links.loads[:, : workers + 1]
+    remote = way[handover.REMOTE].copy()
+    began = instants[handover.TRANSFER_AT].copy()
     return Path(
-        prefill_worker=np.where(way[handover.REMOTE] == 1, way[handover.PREFILLS_AT], way[handover.DECODES_AT]),
-        remote=way[handover.REMOTE].copy(),
+        prefill_worker=np.where(remote == 1, way[handover.PREFILLS_AT], way[handover.DECODES_AT]),
+        remote=remote,
+        prefill_hit_tokens=np.where(remote == 1, fleet.own[HIT, requests], 0),
         reserved_at=instants[handover.RESERVED_AT].copy(),
         prefill_queued_at=instants[handover.TO_PREFILL_AT].copy(),
+        prefill_sent_at=instants[handover.SENT_AT].copy(),
         prefilled_at=instants[handover.PREFILLED_AT].copy(),
-        transfer_began_at=instants[handover.TRANSFER_AT].copy(),
+        transfer_began_at=began,
+        flow_began_at=instants[handover.FLOW_AT].copy(),
+        flow_ended_at=instants[handover.FLOWED_AT].copy(),
         transfer_noticed_at=instants[handover.NOTICED_AT].copy(),
+        decode_started_at=np.where(remote == 1, fleet.times[STARTED_AT, requests], np.nan),
         transfer_bytes=fleet.moved[requests],
         transfer_runs=fleet.runs[requests],
+        transfer_left=np.where(np.isnan(began), np.nan, fleet.left[requests]),
         bandwidth=loads[links.BANDWIDTH].copy(),
         moved=loads[links.MOVED].copy(),
         busy=loads[links.BUSY].copy(),
     )
 
 
-def ttft_parts(requests: "xr.Dataset", before_queue: float, per_token: float, first_by_prefill: bool) -> "xr.DataArray":
-    """The parts of each request's time to first token [part, request], seconds; NaN where it has no first token.
-
-    Added up in the order of `part`, they are the time to first token to the last bit: what rounding leaves is in the
-    last of them.
-    """
-    import xarray as xr
-
-    value = {name: requests[name].values for name in requests}
-    routed = value["arrived_at"] + before_queue
+def hop_times(value: dict[str, Array], before_queue: float) -> Array:
+    """Seconds that each request waited at each of `HOPS` [hop, request]; NaN where it hasn't left it."""
     remote = value["remote"] == 1
-    nothing = np.zeros(routed.size)
-    reserved, queued, began = value["reserved_at"], value["prefill_queued_at"], value["transfer_began_at"]
-    prefilled = np.where(remote, value["prefilled_at"], value["first_token_at"] - per_token)
-    first = remote & (reserved <= queued)  # blocks were reserved before the prefill
-    moves = remote & (not first_by_prefill)
-    arrived = value["transfer_noticed_at"]
-    parts = np.array(
+    routed = value["arrived_at"] + before_queue
+    asked = np.where(value["prefilled_at"] <= value["reserved_at"], value["prefilled_at"], routed)
+    return np.array(
         [
-            nothing + before_queue,
-            np.where(first, reserved - routed, 0.0),
-            value["started_at"] - np.where(remote, queued, routed),
-            prefilled - value["started_at"],
-            np.where(moves, began - prefilled, 0.0),
-            np.where(moves, arrived - began, 0.0),
-            np.where(moves, value["first_token_at"] - per_token - arrived, 0.0),
-            nothing + per_token,
+            np.where(remote, value["reserved_at"] - asked, 0.0),
+            np.where(remote, value["prefill_sent_at"] - value["prefill_queued_at"], 0.0),
+            np.where(remote, value["started_at"] - value["prefill_sent_at"], 0.0),
+            np.where(
+                remote, value["decode_started_at"] - value["transfer_noticed_at"], value["started_at"] - routed
+            ),
+        ]
+    )  # fmt: skip
+
+
+def first_token_moments(requests: "xr.Dataset", overheads: "Overheads", first_by_prefill: bool) -> Array:
+    """When each part of each request's time to first token ended [part, request], seconds.
+
+    They ascend but for what rounding does. `vecsim.kernel.parts` has the same moments.
+    """
+    value = {str(name): requests[name].values for name in requests}
+    seen = value["first_token_at"]
+    token = seen - overheads.per_output_token
+    routed = value["arrived_at"] + overheads.before_queue
+    if "remote" not in value:
+        return np.array([routed, value["started_at"], token, seen])
+    remote = value["remote"] == 1
+    first = remote & (value["reserved_at"] <= value["prefill_queued_at"])  # blocks were reserved before the prefill
+    prefilled = np.where(remote, value["prefilled_at"], token)
+    moves = remote & (not first_by_prefill)
+    noticed = np.where(moves, value["transfer_noticed_at"], prefilled)
+    decodes = value["decode_started_at"]  # NaN if it lost its blocks before it was admitted
+    return np.array(
+        [
+            routed,
+            np.where(first, value["reserved_at"], routed),
+            value["started_at"],
+            prefilled,
+            np.where(moves, value["transfer_began_at"], prefilled),
+            noticed,
+            np.where(moves & np.isfinite(decodes), decodes, noticed),
+            token,
+            seen,
         ]
     )
-    total = value["first_token_at"] - value["arrived_at"]
-    parts[:, np.isnan(total)] = np.nan
-    # So near to the total, the difference is exact (Sterbenz), and so is the sum.
-    parts[-1] = total - np.cumsum(parts[:-1], axis=0)[-1]
-    return xr.DataArray(
-        parts,
-        {"part": list(PARTS), "request": requests.request.values},
-        ("part", "request"),
-        "ttft_parts",
-        {"long_name": "parts of the time to first token", "units": "s"},
+
+
+def exact_parts(begin: Array, moments: Array) -> Array:
+    """Differences between moments that add up to the last one less the begin to the last bit, in any order; none < 0.
+
+    Moments are rounded to the unit of the last place of that total: then parts are whole multiples of it, and no sum
+    of them is rounded.
+    """
+    total = moments[-1] - begin
+    with np.errstate(invalid="ignore"):
+        offsets = np.maximum.accumulate(np.clip(moments - begin, 0.0, total), axis=0)
+        offsets[-1] = total
+        unit = np.spacing(total)
+        offsets = np.rint(offsets / unit) * unit
+    return np.diff(offsets, axis=0, prepend=np.zeros((1, total.size)))
+
+
+def ttft_parts(requests: "xr.Dataset", overheads: "Overheads", first_by_prefill: bool) -> "xr.DataArray":
+    """The parts of each request's time to first token [part, request], seconds; NaN where it has no first token."""
+    moments = first_token_moments(requests, overheads, first_by_prefill)
+    moments[:, np.isnan(moments[-1])] = np.nan
+    names = PARTS if "remote" in requests else TOGETHER
+    return _parts(
+        requests, names, exact_parts(requests.arrived_at.values, moments), "ttft_parts", "time to first token"
     )
 
 
-def links_dataset(path: Path, time: float, prefill_workers: int) -> "xr.Dataset":
-    """Each NIC, and the fabric if it has a bandwidth: bytes moved, seconds with a transfer, share of what it could."""
+def transfer_parts(requests: "xr.Dataset", transfer: "KVTransfer") -> "xr.DataArray":
+    """The parts of each request's transfer [part, request], seconds; NaN where none has been noticed."""
+    numbers = transfer.kernel()
+    moved, flowed = requests.transfer_bytes.values, requests.flow_ended_at.values
+    transpose = moved * numbers["transpose_per_byte"] + numbers["transpose_launch"]
+    transpose = np.where(moved > 0, requests.transfer_left.values * transpose, 0.0)
+    noticed = requests.transfer_noticed_at.values
+    moments = np.array([requests.flow_began_at.values, flowed, flowed + transpose, noticed])
+    moments[:, np.isnan(noticed)] = np.nan
+    parts = exact_parts(requests.transfer_began_at.values, moments)
+    return _parts(requests, TRANSFER_PARTS, parts, "transfer_parts", "transfer time")
+
+
+def _parts(requests: "xr.Dataset", names: tuple[str, ...], parts: Array, name: str, whole: str) -> "xr.DataArray":
+    import xarray as xr
+
+    return xr.DataArray(
+        parts,
+        {"part": list(names), "request": requests.request.values},
+        ("part", "request"),
+        name,
+        {"long_name": f"parts of the {whole}", "units": "s"},
+    )
+
+
+def _variable(dims: tuple[str, ...], values: Any, long_name: str, units: str) -> "xr.Variable":
+    import xarray as xr
+
+    return xr.Variable(dims, values, {"long_name": long_name, "units": units})
+
+
+def links_dataset(path: Path, requests: "xr.Dataset", time: float, prefill_workers: int) -> "xr.Dataset":
+    """Each NIC, and the fabric if it has a bandwidth: what moved over it, how long that took, and its use."""
     import xarray as xr
 
     workers = path.bandwidth.size - 1
@@ -128,30 +225,45 @@ def links_dataset(path: Path, time: float, prefill_workers: int) -> "xr.Dataset"
     kept = np.append(np.arange(workers), workers if np.isfinite(path.bandwidth[-1]) else [])
     kept = kept.astype(np.int64)
     names = [[*names, "fabric"][i] for i in kept]
-    moved, bandwidth = path.moved[kept], path.bandwidth[kept]
 
-    def variable(values: Any, long_name: str, units: str) -> Any:
-        return xr.Variable(("link",), values, {"long_name": long_name, "units": units})
+    noticed = np.flatnonzero(np.isfinite(path.transfer_noticed_at) & (path.transfer_bytes > 0))
+    ends = np.append(path.prefill_worker[noticed], requests.worker.values[noticed])
 
+    def of_each(values: Array) -> Array:
+        """Sums over the transfers of each link."""
+        return np.append(np.bincount(ends, np.tile(values[noticed], 2), workers), values[noticed].sum())[kept]
+
+    bandwidth, moved = path.bandwidth[kept], path.moved[kept]
+    if not np.isfinite(path.bandwidth).any():  # all is there at once, and links don't count
+        moved = of_each(path.transfer_bytes * path.transfer_left)
+    transfers = of_each(np.ones(path.remote.size)).astype(np.int64)
     with np.errstate(invalid="ignore", divide="ignore"):
         use = np.where(np.isfinite(bandwidth), moved / (bandwidth * time), 0.0)
+        mean = of_each(requests.transfer_time.values) / transfers
+    dims = ("link",)
     return xr.Dataset(
         {
-            "bandwidth": variable(bandwidth, "bandwidth", "B/s"),
-            "moved": variable(moved, "bytes moved", "B"),
-            "busy": variable(path.busy[kept], "time with a transfer", "s"),
-            "use": variable(use, "share of the bandwidth in use", "1"),
+            "bandwidth": _variable(dims, bandwidth, "bandwidth", "B/s"),
+            "moved": _variable(dims, moved, "bytes moved after their prefill", "B"),
+            "busy": _variable(dims, path.busy[kept], "time with a transfer", "s"),
+            "use": _variable(dims, use, "share of the bandwidth in use", "1"),
+            "transfers": _variable(dims, transfers, "transfers that have ended", "transfers"),
+            "mean_transfer_time": _variable(dims, mean, "mean transfer time, set-up to notice", "s"),
         },
         {"link": names},
     )
 
 
-def workers_dataset(steps: StepRecord, pools: list[int], blocks: list[int | None], time: float) -> "xr.Dataset":
-    """What each worker did, over the whole run [worker], from the steps.
+def workers_dataset(
+    steps: StepRecord, requests: "xr.Dataset", pools: list[int], blocks: list[int | None], time: float
+) -> "xr.Dataset":
+    """What each worker did, over the whole run [worker], from the steps and the requests.
 
     Parameters
     ----------
     steps : StepRecord
+    requests : xarray.Dataset
+        `Run.requests`.
     pools : list of int
         Workers of each pool.
     blocks : list of int or None
@@ -173,24 +285,101 @@ def workers_dataset(steps: StepRecord, pools: list[int], blocks: list[int | None
     def row(name: int) -> Array:
         return steps.counts[name].astype(np.float64)
 
+    def most(name: int) -> Array:
+        highest = np.zeros(number)
+        np.maximum.at(highest, worker, row(name))
+        return highest
+
     busy = of_each(lasts)
     room = np.repeat([np.nan if size is None else float(size) for size in blocks], pools)
-
-    def variable(values: Any, long_name: str, units: str) -> Any:
-        return xr.Variable(("worker",), values, {"long_name": long_name, "units": units})
-
+    sent, prompts, hits = requests_of_workers(requests, number)
+    dims = ("worker",)
     with np.errstate(invalid="ignore", divide="ignore"):
         return xr.Dataset(
             {
-                "pool": variable(np.repeat(np.arange(len(pools)), pools), "number of the pool", ""),
-                "steps": variable(np.bincount(worker, minlength=number), "steps", "1"),
-                "busy": variable(busy, "time in steps", "s"),
-                "utilization": variable(busy / time, "share of the time in steps", "1"),
-                "prefill_tokens": variable(of_each(row(rows.STEP_PREFILL_TOKENS)), "prompt tokens computed", "tokens"),
-                "decode_tokens": variable(of_each(row(rows.STEP_DECODES)), "tokens decoded", "tokens"),
-                "batch_size": variable(of_each(row(rows.STEP_RUNNING) * lasts) / busy, "mean requests", "requests"),
-                "mean_queue": variable(of_each(row(rows.STEP_QUEUE) * lasts) / busy, "mean queue in steps", "requests"),
-                "kv_use": variable(of_each(row(rows.STEP_USED) * lasts) / busy / room, "mean share of KV memory", "1"),
+                "pool": _variable(dims, np.repeat(np.arange(len(pools)), pools), "number of the pool", ""),
+                "requests": _variable(dims, sent, "requests sent there", "requests"),
+                "steps": _variable(dims, np.bincount(worker, minlength=number), "steps", "1"),
+                "busy": _variable(dims, busy, "time in steps", "s"),
+                "utilization": _variable(dims, busy / time, "share of the time in steps", "1"),
+                "prefill_tokens": _variable(
+                    dims, of_each(row(rows.STEP_PREFILL_TOKENS)), "prompt tokens computed", "tokens"
+                ),
+                "decode_tokens": _variable(dims, of_each(row(rows.STEP_DECODES)), "tokens decoded", "tokens"),
+                "prompt_tokens": _variable(dims, prompts, "prompt tokens looked up in the cache", "tokens"),
+                "hit_tokens": _variable(dims, hits, "of these, tokens found", "tokens"),
+                "prefix_hit_rate": _variable(dims, hits / prompts, "prefix hit rate", "1"),
+                "batch_size": _variable(
+                    dims, of_each(row(rows.STEP_RUNNING) * lasts) / busy, "mean requests", "requests"
+                ),
+                "mean_queue": _variable(
+                    dims, of_each(row(rows.STEP_QUEUE) * lasts) / busy, "mean queue in steps", "requests"
+                ),
+                "max_queue": _variable(dims, most(rows.STEP_QUEUE), "largest queue in a step", "requests"),
+                "kv_use": _variable(
+                    dims, of_each(row(rows.STEP_USED) * lasts) / busy / room, "mean share of KV memory in steps", "1"
+                ),
+                "kv_peak": _variable(dims, most(rows.STEP_USED) / room, "largest share of KV memory in a step", "1"),
             },
             {"worker": np.arange(number)},
         )
+
+
+def requests_of_workers(requests: "xr.Dataset", number: int) -> tuple[Array, Array, Array]:
+    """(requests sent there, prompt tokens that its cache was asked for, tokens found) of each worker [worker]."""
+    value = {str(name): requests[name].values for name in requests}
+    worker, started = value["worker"], np.isfinite(value["started_at"])
+    remote = value["remote"] == 1 if "remote" in value else np.zeros(worker.size, bool)
+
+    def of_each(where: Array, which: Array, weights: Array) -> Array:
+        return np.bincount(where[which], weights[which], number)
+
+    ones = np.ones(worker.size)
+    sent = of_each(worker, worker >= 0, ones)
+    asked = ~remote & started
+    if remote.any():
+        asked |= remote & np.isfinite(value["reserved_at"])
+    prompts, hits = (of_each(worker, asked, value[name]) for name in ("prompt_tokens", "hit_tokens"))
+    if remote.any():
+        there, began = value["prefill_worker"], remote & started
+        sent = sent + of_each(there, remote & (there >= 0), ones)
+        prompts = prompts + of_each(there, began, value["prompt_tokens"])
+        hits = hits + of_each(there, began, value["prefill_hit_tokens"])
+    return sent.astype(np.int64), prompts, hits
+
+
+def workers_over_time(
+    steps: StepRecord, pools: list[int], blocks: list[int | None], time: float, intervals: int
+) -> "xr.Dataset":
+    """Means of what each worker did in equal intervals of the run [worker, time]; see `workers_dataset`."""
+    import xarray as xr
+
+    from vecsim.kernel import token_state as rows
+
+    edges = np.linspace(0.0, time, intervals + 1)
+    own = [np.flatnonzero(steps.counts[rows.STEP_WORKER] == worker) for worker in range(sum(pools))]
+
+    def means(values: Array) -> Array:
+        return np.array(
+            [
+                mean_in_intervals(steps.times[rows.BEGIN, of], steps.times[rows.LASTS, of], values[of], edges)
+                for of in own
+            ]
+        )
+
+    room = np.repeat([np.nan if size is None else float(size) for size in blocks], pools)[:, np.newaxis]
+    dims = ("worker", "time")
+    return xr.Dataset(
+        {
+            "utilization": _variable(dims, means(np.ones(steps.times.shape[1])), "share of the time in steps", "1"),
+            "prefilling": _variable(dims, means(steps.counts[rows.STEP_PREFILLS]), "prefilling requests", "requests"),
+            "decoding": _variable(dims, means(steps.counts[rows.STEP_DECODES]), "decoding requests", "requests"),
+            "running": _variable(dims, means(steps.counts[rows.STEP_RUNNING]), "running requests", "requests"),
+            "queue_size": _variable(dims, means(steps.counts[rows.STEP_QUEUE]), "queue size", "requests"),
+            "kv_use": _variable(dims, means(steps.counts[rows.STEP_USED]) / room, "share of KV memory in use", "1"),
+        },
+        {
+            "worker": np.arange(sum(pools)),
+            "time": _variable(("time",), (edges[:-1] + edges[1:]) / 2, "middle of the interval", "s"),
+        },
+    )

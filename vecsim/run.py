@@ -3,6 +3,7 @@
 import functools
 import html
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +11,24 @@ import numpy as np
 from vecsim.axes import Plan
 from vecsim.fleet import AnyEngine, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
-from vecsim.kernel.state import ApartScratch, Outcome, Scratch
+from vecsim.kernel.state import ApartScratch, Outcome, Scratch, StepRecord
 from vecsim.measure import check_quantiles, check_times
-from vecsim.paths import PATH_VARIABLES, links_dataset, ttft_parts, workers_dataset
+from vecsim.paths import (
+    HOP_TIME,
+    HOPS,
+    PATH_VARIABLES,
+    TRANSFER_TIME,
+    hop_times,
+    links_dataset,
+    transfer_parts,
+    ttft_parts,
+    workers_dataset,
+    workers_over_time,
+)
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.sweep.report import has_slo
+from vecsim.transfer import KVTransfer
 from vecsim.variables import (
     APART_REQUEST_VARIABLES,
     APART_STEP_VARIABLES,
@@ -48,7 +61,11 @@ class Run:
 
     In the token model times are seconds, latencies count from `arrived_at`, requests have `prompt_tokens`,
     `hit_tokens`, `preempted`, `refused` and `class_number` instead of `enqueued_at` and `slot`, and steps
-    `prefill_tokens`, `kv_blocks` and `running` too.
+    `prefill_tokens`, `kv_blocks` and `running` too. `ttft_parts` has what the time to first token is made of.
+
+    Of fleets requests and steps have their `worker`, and there are `workers` and `workers_over_time`. Where prefill is
+    kept apart requests have the way they went (`prefill_worker`, `remote`, `reserved_at`, `prefilled_at`,
+    `transfer_began_at`, `transfer_time`, `hop_time` and more), and there are `transfer_parts` and `links`.
     """
 
     def __init__(
@@ -70,19 +87,28 @@ class Run:
         attrs = base_attrs(self.engine, self.time_limit, self.warmup)
         token = self.engine.is_token
         classes = tuple(kind.name for kind in self.engine.load_generator.classes) if token else ()
-        return metrics_dataset(self._single.metrics[np.newaxis], {}, {}, self._quantiles, attrs, token, classes)
+        metrics, apart = self._single.metrics[np.newaxis], isinstance(self.engine, DisaggregatedEngine)
+        return metrics_dataset(metrics, {}, {}, self._quantiles, attrs, token, classes, apart)
 
     @functools.cached_property
     def requests(self) -> "xr.Dataset":
         import xarray as xr
 
         variables = record_variables(self._single.record, (), (), isinstance(self.engine, Fleet))
+        size = self._single.record.arrived_at.shape[1]
+        coords: dict[str, Any] = {"request": np.arange(size)}
         if (path := self._single.path) is not None:
+            assert isinstance(self.engine, DisaggregatedEngine)
             variables |= {
                 variable.name: describe(variable, ("request",), getattr(path, variable.name))
                 for variable in PATH_VARIABLES
             }
-        size = self._single.record.arrived_at.shape[1]
+            value = {name: variable.values for name, variable in variables.items()}
+            took = value["transfer_noticed_at"] - value["transfer_began_at"]
+            variables[TRANSFER_TIME.name] = describe(TRANSFER_TIME, ("request",), took)
+            waits = hop_times(value, self.engine.overheads.before_queue)
+            variables[HOP_TIME.name] = describe(HOP_TIME, ("hop", "request"), waits)
+            coords["hop"] = list(HOPS)
         if isinstance(self.engine, TickDisaggregatedEngine):
             scratch = self._single.scratch
             assert isinstance(scratch, ApartScratch)
@@ -92,7 +118,7 @@ class Run:
                 variables[variable.name] = describe(variable, ("request",), array)
         return xr.Dataset(
             variables,
-            {"request": np.arange(size)},
+            coords,
             base_attrs(self.engine, self.time_limit, self.warmup),
         )
 
@@ -100,21 +126,40 @@ class Run:
     def ttft_parts(self) -> "xr.DataArray":
         """What the time to first token of each request is made of [part, request], seconds.
 
-        Added up in the order of `part`, they are the time to first token to the last bit.
+        Added up they are the time to first token to the last bit, in any order, and none is below 0; NaN where there is
+        no first token. Where a worker does both, and in an `Engine`: before routing, wait for prefill, prefill, until
+        seen. Where prefill is kept apart there are the waits for the decode worker's blocks, the transfer, and the wait
+        and first step of the decode worker too; all 0 where they didn't delay the token.
+
+        Raises
+        ------
+        ValueError
+            When it is no run in seconds.
+        """
+        if isinstance(self.engine, TickDisaggregatedEngine) or not self.engine.is_token:
+            raise ValueError("ttft_parts are there for runs in seconds, not for one in ticks")
+        first_by_prefill = isinstance(self.engine, DisaggregatedEngine) and self.engine.first_token == "prefill"
+        return ttft_parts(self.requests, self.engine.overheads, first_by_prefill)
+
+    @functools.cached_property
+    def transfer_parts(self) -> "xr.DataArray":
+        """What the `transfer_time` of each request is made of [part, request], seconds.
+
+        Set-up, flow, transpose and polling: they add up as `ttft_parts` do; NaN where no transfer was noticed.
 
         Raises
         ------
         ValueError
             When prefill isn't kept apart.
         """
-        engine = self._apart("ttft_parts")
-        overheads = engine.overheads
-        first_by_prefill = engine.first_token == "prefill"
-        return ttft_parts(self.requests, overheads.before_queue, overheads.per_output_token, first_by_prefill)
+        engine = self._apart("transfer_parts")
+        return transfer_parts(self.requests, engine.transfer or KVTransfer())
 
     @functools.cached_property
     def links(self) -> "xr.Dataset":
-        """Bytes, seconds and use of each link over the run [link].
+        """Bytes, seconds, transfers and use of each link over the run [link].
+
+        Bytes are those that moved after their prefill: what moved behind it, layer by layer, isn't among them.
 
         Raises
         ------
@@ -123,24 +168,52 @@ class Run:
         """
         engine = self._apart("links")
         assert self._single.path is not None
-        return links_dataset(self._single.path, float(self.metrics.end_time), engine.prefill_workers)
+        return links_dataset(self._single.path, self.requests, float(self.metrics.end_time), engine.prefill_workers)
 
     @functools.cached_property
     def workers(self) -> "xr.Dataset":
-        """What each worker of a fleet did over the run [worker]; `steps` has it over time.
+        """What each worker of a fleet did over the whole run, its warm-up too [worker].
 
         Raises
         ------
         ValueError
             When it is no fleet.
         """
+        steps, pools, blocks = self._of_workers("workers")
+        return workers_dataset(steps, self.requests, pools, blocks, float(self.metrics.end_time))
+
+    def workers_over_time(self, intervals: int = 200) -> "xr.Dataset":
+        """What each worker of a fleet did over time [worker, time].
+
+        Parameters
+        ----------
+        intervals : int
+            Of equal length, into which the run is cut.
+
+        Returns
+        -------
+        xarray.Dataset
+            Means over each interval of `utilization`, `prefilling`, `decoding`, `running`, `queue_size`, `kv_use`; a
+            worker counts as empty between its steps.
+
+        Raises
+        ------
+        ValueError
+            When it is no fleet, or there is no interval.
+        """
+        if not isinstance(intervals, Integral) or isinstance(intervals, bool) or intervals < 1:
+            raise ValueError(f"intervals must be a whole number >= 1, got {intervals!r}")
+        steps, pools, blocks = self._of_workers("workers_over_time")
+        return workers_over_time(steps, pools, blocks, float(self.metrics.end_time) or 1.0, int(intervals))
+
+    def _of_workers(self, what: str) -> tuple[StepRecord, list[int], list[int | None]]:
+        """(steps, workers of each pool, KV blocks of a worker of each pool)."""
         if not isinstance(self.engine, Fleet):
-            raise ValueError(f"workers are there for fleets, not for an {type(self.engine).__name__}")
+            raise ValueError(f"{what} are there for fleets, not for an {type(self.engine).__name__}")
         assert self._single.steps is not None
         pools = self.engine.pools
         blocks = [pool.kv_cache.blocks if pool.kv_cache else None for pool in pools]
-        time = float(self.metrics.end_time)
-        return workers_dataset(self._single.steps, [pool.workers for pool in pools], blocks, time)
+        return self._single.steps, [pool.workers for pool in pools], blocks
 
     def _apart(self, what: str) -> DisaggregatedEngine:
         if not isinstance(self.engine, DisaggregatedEngine):

@@ -26,3 +26,20 @@ def total_over_time(time: Array, values: Array, worker: Array) -> tuple[Array, A
     change[order] = np.where(first, values[order], np.diff(values[order], prepend=0))
     order = np.argsort(time, kind="stable")
     return time[order], np.cumsum(change[order])
+
+
+def mean_in_intervals(begin: Array, lasts: Array, values: Array, edges: Array) -> Array:
+    """Time-weighted mean of a number in intervals; 0 where nothing lasts.
+
+    Parameters
+    ----------
+    begin, lasts, values : array
+        [step] When a step begins, how long it takes, and the number during it; in the order of time.
+    edges : array
+        [interval + 1] Ascending.
+    """
+    if not begin.size:
+        return np.zeros(edges.size - 1)
+    knots = np.stack([begin, begin + lasts], -1).ravel()
+    spent = np.cumsum(np.stack([np.zeros(begin.size), lasts * values], -1).ravel())
+    return np.diff(np.interp(edges, knots, spent)) / np.diff(edges)

@@ -26,7 +26,7 @@ from vecsim.paths import Path
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed, same_rule
 from vecsim.streams import draw_streams
 from vecsim.threads import INLINE, Workers, available_threads
-from vecsim.token_simulate import check_token_memory, run_token_block
+from vecsim.token_simulate import check_token_memory, keeps_apart, run_token_block
 from vecsim.variables import row_width
 
 NOTHING = np.empty(0)
@@ -104,7 +104,8 @@ class Measured(NamedTuple):
     def width(self, table: Table) -> int:
         """Numbers in a row of metrics."""
         classes = 0 if table.token is None else len(table.token.class_names or ())
-        return row_width(table.token is not None, self.quantiles.size, classes)
+        apart = table.token is not None and keeps_apart(table.token.fleets)
+        return row_width(table.token is not None, self.quantiles.size, classes, apart)
 
 
 def simulate(

@@ -142,6 +142,13 @@ def run_token_block(
     return status, latest["run"]
 
 
+def keeps_apart(fleets: Any) -> bool:
+    """Whether any fleet [fleet, field] keeps prefill apart."""
+    from vecsim.kernel.token_scenarios import SPLIT
+
+    return any(numbers[SPLIT] > 0 for numbers in fleets)
+
+
 def room_for_steps(steps: int) -> StepRecord:
     """Room for the record of so many steps.
 
@@ -220,7 +227,6 @@ class Room:
             PREFILL_ROUTER,
             ROUTER,
             ROUTER_FIELDS,
-            SPLIT,
             TRANSFER,
             WORKERS,
         )
@@ -238,7 +244,7 @@ class Room:
         self.workers = int(fleets[:, WORKERS].max(initial=0))
         credits = fleets[:, [at + ROUTER_FIELDS.index("credit") for at in (ROUTER, PREFILL_ROUTER)]]
         self.looks_inside = self.caching and bool(credits.any())
-        self.moves = bool(fleets[:, SPLIT].any())
+        self.moves = keeps_apart(fleets)
         merging = fleets[:, TRANSFER + Transfer._fields.index("merges")] != 0
         most = streams.groups[:, FIELDS.index("blocks")].max(initial=0)
         self.placed = int(most) if merging.any() else 0
@@ -373,6 +379,7 @@ class Room:
         from vecsim.kernel import handover, token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
         from vecsim.kernel.links import links_for
+        from vecsim.kernel.parts import MEANS
         from vecsim.kernel.places import CHAIN_ROWS, SIDES
         from vecsim.kernel.routing import SURVEY_ROWS
         from vecsim.kernel.runs import allocator_for
@@ -441,6 +448,7 @@ class Room:
             nodes=whole(workers, NODE_ROWS, self.nodes if self.caching else 0),
             node_of=whole(workers, self.ids if self.caching else 0),
             seen=np.zeros((workers, places(self.ids) if self.looks_inside else 0)),
+            parts=np.zeros(MEANS if self.moves else 0),
         )
 
 

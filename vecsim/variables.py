@@ -171,6 +171,38 @@ CLASS_VARIABLES = (
     Variable("class_completed", "requests completed by class", "requests", "of each class", whole=True),
 )
 
+# Of fleets that keep prefill apart, in the order of `vecsim.kernel.parts`
+APART_VARIABLES = (
+    Variable(
+        "remote_share", "share prefilled remotely", "1", "requests prefilled elsewhere, of those with a first token"
+    ),
+    Variable(
+        "transfer_time",
+        "transfer time",
+        SECONDS,
+        "mean time from the begin of a transfer until its end is noticed, of requests with a first token",
+    ),
+    Variable(
+        "ttft_parts",
+        "parts of the time to first token",
+        SECONDS,
+        "mean of each part over the requests with a first token; together they are the mean ttft",
+    ),
+)
+
+# Parts of the time to first token, in the order in which they pass
+PARTS = (
+    "before routing",
+    "wait for decode blocks",
+    "wait for prefill",
+    "prefill",
+    "wait for decode blocks after prefill",
+    "transfer",
+    "wait for decode",
+    "first decode step",
+    "until seen",
+)
+
 TOKEN_REQUEST_VARIABLES = (
     Variable("arrived_at", "arrival", SECONDS, "when the request came"),
     Variable("started_at", "start", SECONDS, "begin of the first step that computed some of it"),
@@ -210,11 +242,12 @@ def metric_variables(token: bool) -> tuple[Variable, ...]:
     return TOKEN_VARIABLES if token else TICK_VARIABLES
 
 
-def row_width(token: bool, quantiles: int, classes: int = 0) -> int:
-    """Numbers in a row of metrics."""
+def row_width(token: bool, quantiles: int, classes: int = 0, apart: bool = False) -> int:
+    """Numbers in a row of metrics; `apart` is whether prefill is kept apart."""
     variables = metric_variables(token)
     stats = sum(variable.over_stat for variable in variables)
-    return stats * (quantiles + 2) + len(variables) - stats + len(CLASS_VARIABLES) * classes
+    more = len(APART_VARIABLES) - 1 + len(PARTS) if apart else 0
+    return stats * (quantiles + 2) + len(variables) - stats + len(CLASS_VARIABLES) * classes + more
 
 
 REQUEST_VARIABLES = (

@@ -137,7 +137,7 @@ WORLD = Placed(
                     ("blocks", "sent", "sent_blocks", "sent_new", "turn", "between", "waiting", "unmeasured"), NUMBERS
                 ),
                 **dict.fromkeys(("counts", "late"), NUMBER_ROWS),
-                **dict.fromkeys(("clock", "moved", "left", "bandwidths"), FLOATS),
+                **dict.fromkeys(("clock", "moved", "left", "bandwidths", "parts"), FLOATS),
                 **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at", "seen", "survey"), FLOAT_ROWS),
                 **dict.fromkeys(("fits", "own_blocks"), BYTES),
                 **dict.fromkeys(

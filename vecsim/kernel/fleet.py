@@ -33,6 +33,7 @@ from vecsim.kernel.handover import (
 )
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
+from vecsim.kernel.parts import write_parts
 from vecsim.kernel.places import DESTINATION, free_places, reset_places
 from vecsim.kernel.routing import DECODES_AT, looks_inside, route
 from vecsim.kernel.state import (
@@ -329,6 +330,7 @@ def simulate_fleet(world):
     gather(world, status)
     if apart:
         links.settle(fleet.links, max(work.sums[END_TIME], now))
+        write_parts(world)
     return status
 
 

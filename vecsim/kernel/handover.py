@@ -71,8 +71,11 @@ REMOTE, NEXT, WAITS_FOR, WAY_ROWS = range(2, 6)
 FLOW, NOTICE = range(2)
 
 # Rows of `instants` [request], seconds: blocks are reserved; it goes to prefill; prefill has ended; the transfer
-# begins, and is noticed to have ended; when its timer is due
-RESERVED_AT, TO_PREFILL_AT, PREFILLED_AT, TRANSFER_AT, NOTICED_AT, DUE, INSTANT_ROWS = range(7)
+# begins, and is noticed to have ended; when its timer is due; it is sent to a prefill worker; bytes begin to flow, and
+# all have
+RESERVED_AT, TO_PREFILL_AT, PREFILLED_AT, TRANSFER_AT, NOTICED_AT, DUE, SENT_AT, FLOW_AT, FLOWED_AT, INSTANT_ROWS = (
+    range(10)
+)
 
 # Places in `between`, whole numbers of a fleet: timers that run; the queue for prefill, and how many are in it
 TIMERS, QUEUE_FIRST, QUEUE_LAST, QUEUED_FOR_PREFILL = range(1, 5)
@@ -227,6 +230,7 @@ def arrive_at_prefill(world, request, worker, t):
     fleet = world.fleet
     r = unsigned(request)
     fleet.way[PREFILLS_AT, r] = worker
+    fleet.instants[SENT_AT, r] = t
     fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
     fleet.own[KV, r] = PINNED
     assign(world, request, worker, whole(1))
@@ -446,6 +450,7 @@ def flow(world, request, t):
     """Have a transfer's bytes flow."""
     fleet, transfer = world.fleet, world.transfer
     r = unsigned(request)
+    fleet.instants[FLOW_AT, r] = t
     if fleet.moved[r] == 0.0 or transfer.unlimited:
         all_flowed(world, request, t)
         return
@@ -459,6 +464,7 @@ def all_flowed(world, request, t):
     """All bytes of a transfer are there: it is noticed now or later."""
     fleet, transfer = world.fleet, world.transfer
     r = unsigned(request)
+    fleet.instants[FLOWED_AT, r] = t
     at = t + fleet.left[r] * transposition(world, request)
     if transfer.polling > 0.0:
         at = noticed_at(fleet.instants[TRANSFER_AT, r], at, transfer.polling)
@@ -621,13 +627,18 @@ def gives_way(world, worker):
 
 @bare
 def join(world):
-    """Put both parts of the requests that were prefilled elsewhere together."""
+    """Put both parts of the requests that were prefilled elsewhere together.
+
+    `fleet.times` has when they started at their decode worker then.
+    """
     fleet, own, times = world.fleet, world.work.own, world.work.times
     for request in range(world.load.prompt_tokens.size):
         r = unsigned(request)
         if fleet.way[REMOTE, r] != 1:
             continue
+        decodes_from = times[STARTED_AT, r]
         times[STARTED_AT, r] = fleet.times[STARTED_AT, r]
+        fleet.times[STARTED_AT, r] = decodes_from
         own[PREEMPTIONS, r] += fleet.own[PREEMPTIONS, r]
         if np.isnan(fleet.instants[PREFILLED_AT, r]):  # of a step that was under way at the end
             ended_at = fleet.times[ENDED_AT, r]

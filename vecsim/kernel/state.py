@@ -474,6 +474,7 @@ class Fleet(NamedTuple):
     nodes: Array  # [worker, row, node]
     node_of: Array  # [worker, id]
     seen: Array  # [worker, ...] of no length where no router looks
+    parts: Array  # as in `vecsim.kernel.parts`; of no length where prefill isn't apart
 
 
 class Cache(NamedTuple):

@@ -491,7 +491,7 @@ def room_of(fleet, groups, workers):
         fleet.owned, fleet.own_blocks, fleet.links, fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts,
         fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of, fleet.chunk_tokens,
         fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late, fleet.starving,
-        fleet.nodes, fleet.node_of, fleet.seen,
+        fleet.nodes, fleet.node_of, fleet.seen, fleet.parts,
     )  # fmt: skip
 
 
@@ -609,4 +609,7 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_route
             continue
         job.enqueued[row] = work.counts[token_state.ENQUEUED]
         tally(p, policy, memory, load, work, scratch, streams.classes, job.warmup, n, job.quantiles, job.metrics[row])
+        last_ones = job.metrics.shape[1] - job.fleet.parts.size
+        for i in range(job.fleet.parts.size):
+            job.metrics[row, last_ones + i] = job.fleet.parts[i]
     return status, n

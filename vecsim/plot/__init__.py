@@ -1,4 +1,4 @@
-"""Pictures: of one run, of several, of a sweep, of growing queues. matplotlib is imported when one is drawn."""
+"""Pictures: of a run, of several, of sweeps, of growing queues, of fleets. matplotlib is imported when one is drawn."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

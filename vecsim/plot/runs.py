@@ -243,13 +243,15 @@ def finish(queue: "Axes", latency: "Axes", runs: Sequence["Run"]) -> None:
 
 
 def legend(figure: Picture, phases: Sequence[tuple[str, str]], marks: list[tuple[str, str, str]]) -> None:
-    """Phases and marks, below the panels."""
+    """Phases and marks (of which "-" is a line), below the panels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(color=colour, label=name) for name, colour in phases]
     handles += [
-        Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4, label=name)
+        Line2D([], [], color=colour, linewidth=0.8, label=name)
+        if marker == "-"
+        else Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4, label=name)
         for name, marker, colour in marks
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")

@@ -89,7 +89,7 @@ def lines(
     else:
         check_coord(dataset, "x", x)
     along = str(dataset[x].dims[0]) if x is not None else None
-    dims = other_dims(dataset, along)
+    dims = other_dims(dataset, along) + within(dataset, variables)
     shown, below, rest = dims[:2], dims[2:3], dims[3:]
     # Where several axes vary together, what a line is called is long, and colours tell more than kinds of lines.
     shown.sort(key=lambda dim: dim in dataset.coords)
@@ -179,7 +179,7 @@ def heat_map(
     along, across = str(dataset[x].dims[0]), str(dataset[y].dims[0])
     if along == across:
         raise ValueError(f"x and y must be along two dimensions, got {x} and {y}, both along {along}")
-    dims = [dim for dim in other_dims(dataset, along) if dim != across]
+    dims = [dim for dim in other_dims(dataset, along) + within(dataset, variables) if dim != across]
     notes = [f"{dim}={texts(dataset, dim)[0]}" for dim in dims[1:] if dataset.sizes[dim] > 1]
     drawn = dataset.isel(dict.fromkeys(dims[1:], 0))
     if dims:
@@ -268,6 +268,23 @@ def check_variables(dataset: "xr.Dataset", variables: Sequence[str] | str | None
     if not result:
         raise ValueError(f"variables must be one or more names, got {variables!r}")
     return result
+
+
+def within(dataset: "xr.Dataset", variables: list[str]) -> list[str]:
+    """The classes, or parts of the time to first token, that variables have one value for each of.
+
+    Raises
+    ------
+    ValueError
+        When only some of them have.
+    """
+    dims = []
+    for dim in ("class", "part"):
+        some = [name for name in variables if name in dataset and dim in dataset[name].dims]
+        if some and len(some) < len(variables):
+            raise ValueError(f"variables must all be over {dim} or none of them, got {', '.join(variables)}")
+        dims += [dim] if some else []
+    return dims
 
 
 def in_order(dataset: "xr.Dataset", name: str) -> "xr.Dataset":

@@ -8,6 +8,7 @@ from vecsim.fleet import DisaggregatedEngine, Fleet
 from vecsim.kernel.state import Array
 from vecsim.plot.runs import COLUMNS, draw_latencies, draw_queue, finish, legend
 from vecsim.plot.style import DECODE, E2E, EMPTY, PHASES, PREFILL, TTFT, Picture, heading, ticks_at_integers
+from vecsim.series import mean_in_intervals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,9 @@ def draw(run: "Run") -> Any:
     if not run.steps.sizes["step"]:
         return draw_nothing(run)
     workers = run.engine.workers if isinstance(run.engine, Fleet) else 0
-    fleet = [float(np.clip(0.25 * workers, 1.0, 4.0))] if workers else []
+    apart = isinstance(run.engine, DisaggregatedEngine)
+    # Transfers cross the rows of workers
+    fleet = [float(np.clip(0.5 * workers, 2.0, 5.0) if apart else np.clip(0.25 * workers, 1.0, 4.0))] if workers else []
     heights = [*fleet, 2.0, 1.1, *([1.1] if has_memory(run) else []), 1.0, 1.6]
     figure = Picture(figsize=(11, sum(heights) + 1.6), layout="constrained")
     axes = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
@@ -39,9 +42,10 @@ def draw(run: "Run") -> Any:
     finish(queue, latency, [run])
     figure.suptitle(heading(run), fontsize="medium")
     phases = (("idle", EMPTY), *PHASES) if workers else PHASES
-    if isinstance(run.engine, DisaggregatedEngine):
-        phases = (*phases, ("transfer", "0.3"))
-    legend(figure, phases, [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)])
+    marks = [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)]
+    if apart:
+        marks = [("transfer", "-", "0.2"), *marks]
+    legend(figure, phases, marks)
     return figure
 
 
@@ -88,12 +92,7 @@ def mean_over_time(run: "Run", values: Array, edges: Array, chosen: Array | None
         return sum((mean_over_time(run, values, edges, own) for own in by_worker), np.zeros(edges.size - 1))
     steps = run.steps if chosen is None else run.steps.isel(step=chosen)
     values = values if chosen is None else values[chosen]
-    begin, lasts = steps.time.values, steps.duration.values
-    knots = np.stack([begin, begin + lasts], -1).ravel()
-    spent = np.cumsum(np.stack([np.zeros(begin.size), lasts * values], -1).ravel())
-    if not knots.size:
-        return np.zeros(edges.size - 1)
-    return np.diff(np.interp(edges, knots, spent)) / np.diff(edges)
+    return mean_in_intervals(steps.time.values, steps.duration.values, values, edges)
 
 
 def requests_in_batch(run: "Run", edges: Array) -> tuple[Array, Array]:

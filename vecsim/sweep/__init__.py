@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vecsim.axes import plan
-from vecsim.fleet import AnyEngine, Fleet, TickDisaggregatedEngine
+from vecsim.fleet import AnyEngine, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
 from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variables, record_variables
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
@@ -95,7 +95,9 @@ def sweep(
         results = simulate(table, measured, threads, keep == "requests", bar.update)
     attrs = base_attrs(planned.engine, time_limit, warmup)
     token, classes = table.token is not None, () if table.token is None else table.token.class_names or ()
-    dataset = metrics_dataset(results.metrics, planned.sizes, axis_coords(planned), wanted, attrs, token, classes)
+    apart = isinstance(engine, DisaggregatedEngine)
+    coords = axis_coords(planned)
+    dataset = metrics_dataset(results.metrics, planned.sizes, coords, wanted, attrs, token, classes, apart)
     dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
         dataset = dataset.assign(record_variables(results.record, dims, shape, isinstance(engine, Fleet)))

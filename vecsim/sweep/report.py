@@ -48,9 +48,13 @@ def load_coord(dataset: "xr.Dataset") -> str | None:
     return next((name for name in one_dim if dataset[name].dims != ("seed",)), None)
 
 
+# Dimensions within a scenario
+WITHIN = ("stat", "request", "time", "class", "part")
+
+
 def other_dims(dataset: "xr.Dataset", along: str | None) -> list[str]:
     """The dimensions that make rows or lines: not those within a scenario, nor seeds, nor the one drawn along."""
-    return [str(dim) for dim in dataset.sizes if dim not in ("stat", "seed", "request", "time", along)]
+    return [str(dim) for dim in dataset.sizes if dim not in (*WITHIN, "seed", along)]
 
 
 def texts(dataset: "xr.Dataset", dim: str) -> list[str]:
