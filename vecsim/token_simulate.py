@@ -280,8 +280,9 @@ class Room:
         """What a worker of a fleet takes beside the requests."""
         from vecsim.kernel import token_state
         from vecsim.kernel.kv import NODE_ROWS
+        from vecsim.kernel.placed import PLACE_WORDS
 
-        numbers = 8.0 * (token_state.COUNTS + token_state.SUMS + self.classes + 4)
+        numbers = 8.0 * (token_state.COUNTS + token_state.SUMS + PLACE_WORDS + self.classes + 4)
         batch = 4.0 * (2 * self.ring + self.block_size + 12 * self.worker_slots + 64)
         known = 16.0 * self.ids * self.looks_inside
         return numbers + batch + known + 4.0 * (NODE_ROWS * self.nodes + self.ids) * self.caching
@@ -380,6 +381,7 @@ class Room:
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
         from vecsim.kernel.links import links_for
         from vecsim.kernel.parts import MEANS
+        from vecsim.kernel.placed import PLACE_WORDS
         from vecsim.kernel.places import CHAIN_ROWS, SIDES
         from vecsim.kernel.routing import SURVEY_ROWS
         from vecsim.kernel.runs import allocator_for
@@ -399,6 +401,7 @@ class Room:
 
         return Fleet(
             group=whole(workers),
+            put=number(workers, PLACE_WORDS),
             blocks=number(workers),
             fits=np.zeros(self.kinds, np.uint8),
             sent=number(workers),

@@ -14,7 +14,7 @@ from numba.core.errors import NumbaExperimentalFeatureWarning, TypingError
 from numba.extending import intrinsic
 
 from vecsim.kernel.links import links_for
-from vecsim.kernel.placed import Placed
+from vecsim.kernel.placed import Placed, finder
 from vecsim.kernel.runs import allocator_for
 from vecsim.kernel.state import (
     Array,
@@ -24,6 +24,7 @@ from vecsim.kernel.state import (
     Formula,
     Memory,
     Outcome,
+    Place,
     Policy,
     Requests,
     Router,
@@ -109,13 +110,19 @@ TOKEN_TUPLES = (
     like(StepRecord, times=FLOAT_ROWS, counts=NUMBER_ROWS),
 )
 
+# What the step loop of an engine is given: a `Place` in memory
+PLACE = Placed(
+    numba.typeof(
+        Place(
+            **dict(zip(Place._fields, TOKEN_TUPLES, strict=False)), warmup=0.0, stop=BYTES, own_rule=0, own_duration=0
+        )
+    )
+)
+
 TOKEN_LOOP = (
-    *map(numba.typeof, TOKEN_TUPLES),
+    PLACE,
+    COUNT,  # kind of visit
     TIME,  # time_limit
-    TIME,  # warmup
-    numba.typeof(BYTES),  # stop
-    COUNT,  # address of a batcher's rule
-    COUNT,  # address of a step time
 )
 
 # Arrays of a fleet with a row for each worker, as long as it has slots or tokens
@@ -136,7 +143,7 @@ WORLD = Placed(
                 **dict.fromkeys(
                     ("blocks", "sent", "sent_blocks", "sent_new", "turn", "between", "waiting", "unmeasured"), NUMBERS
                 ),
-                **dict.fromkeys(("counts", "late"), NUMBER_ROWS),
+                **dict.fromkeys(("counts", "late", "put"), NUMBER_ROWS),
                 **dict.fromkeys(("clock", "moved", "left", "bandwidths", "parts"), FLOATS),
                 **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at", "seen", "survey"), FLOAT_ROWS),
                 **dict.fromkeys(("fits", "own_blocks"), BYTES),
@@ -204,6 +211,7 @@ call_rule = caller((BATCHES["token"],), COUNT)
 call_router = caller((BATCHES["router"],), COUNT)
 call_step_time = caller((BATCHES["step"],), TIME)
 call_token_loop = caller(TOKEN_LOOP, COUNT)
+found = finder(PLACE)
 call_fleet_loop = caller((WORLD,), COUNT)
 TICK_OUTCOME = numba.typeof(like(Outcome))
 call_tick_loop = caller(TICK_LOOP, TICK_OUTCOME)

@@ -105,6 +105,7 @@ from vecsim.kernel.world import (
     note_load,
     prefills_only,
     send,
+    settle_in,
     visit,
 )
 
@@ -131,6 +132,7 @@ def reset(world):
     fleet.loads[:] = np.inf
     reset_handover(world, requests)
     for worker in range(fleet.group.size):
+        settle_in(world, worker, False)
         visit(world, worker, whole(BEGINS), 0.0)
         fleet.blocks[unsigned(worker)] = fleet.counts[unsigned(worker), FREE]
         note_load(world, worker)
@@ -227,6 +229,7 @@ def go_on(world, worker, kind, due, users_wait):
         if world.warmup > 0.0:
             forget_steps(fleet.counts[w], fleet.sums[w], fleet.unmeasured)
         fleet.counts[w, MEASURING] = 1
+        settle_in(world, worker, True)
     horizon = world.time_limit
     if not measures:
         until = min(until, world.warmup)

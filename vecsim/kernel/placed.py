@@ -8,8 +8,12 @@ import hashlib
 from typing import Any
 
 from numba.core import cgutils, types
+from numba.core.errors import TypingError
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
+
+# Room for a `vecsim.kernel.state.Place` in an array
+PLACE_WORDS = 768
 
 function: Any = intrinsic  # that kernels call: one argument less than mypy sees
 
@@ -89,6 +93,36 @@ def placed(typing: Any, given: Any) -> Any:
         return place
 
     return Placed(given)(given), generate
+
+
+@function
+def put(typing: Any, given: Any, row: Any) -> Any:
+    """Store a tuple at the begin of an array of 64-bit numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if context.get_abi_sizeof(values[0].type) > 8 * PLACE_WORDS:
+            raise TypingError(f"PLACE_WORDS must be {context.get_abi_sizeof(values[0].type) // 8} or more")
+        data = context.make_array(signature.args[1])(context, builder, values[1]).data
+        store(builder, values[0], builder.bitcast(data, values[0].type.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(given, row), generate
+
+
+def finder(kind: Placed) -> Any:
+    """A function for kernels: `found(row)` is the address of the tuple that was put into an array."""
+
+    @intrinsic
+    def found(typing: Any, row: Any) -> Any:
+        """The address of the tuple that was put into an array."""
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            data = context.make_array(signature.args[0])(context, builder, values[0]).data
+            return builder.bitcast(data, context.get_value_type(kind))
+
+        return kind(row), generate
+
+    return found
 
 
 @function

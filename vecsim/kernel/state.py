@@ -318,7 +318,7 @@ class TokenLoad(NamedTuple):
     itl_limits: Array  # [class] seconds
     watches_gaps: bool  # whether one of these is finite
     static: int
-    visit: int  # ALONE, BEGINS, GOES_ON or STOPS
+    alone: bool  # no worker of a fleet
     worker: int  # number of the engine in its fleet
     closed: bool  # a request comes when one ends
     think_time: float  # seconds from the end of one to the arrival of the next in a closed loop
@@ -425,6 +425,7 @@ class Fleet(NamedTuple):
     """What one thread works in, of a fleet: the rows of each worker, and what goes on between them."""
 
     group: Array  # [worker] its kind
+    put: Array  # [worker, word] the `Place` of each
     blocks: Array  # [worker] of KV memory
     fits: Array  # [group] whether workers of that kind could hold a request
     sent: Array  # [worker] requests
@@ -513,6 +514,22 @@ class TokenStreams(NamedTuple):
     outside: Array  # [1] steps that were outside their table
     fleets: Array  # [fleet, field] as in `vecsim.kernel.token_scenarios.FLEET_FIELDS`
     groups: Array  # [kind of worker, field] as in `FIELDS`, and how many
+
+
+class Place(NamedTuple):
+    """Everything that the step loop of one engine works on."""
+
+    policy: Policy
+    memory: Memory
+    model: StepModel
+    load: TokenLoad
+    work: TokenWork
+    cache: Cache
+    record: StepRecord
+    warmup: float
+    stop: Array  # set from outside to interrupt
+    own_rule: int  # addresses of the user's own
+    own_duration: int
 
 
 class World(NamedTuple):

@@ -13,6 +13,7 @@ from vecsim.kernel.duration import duration, is_formula, step_of
 from vecsim.kernel.heap import enter, pop, push
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
+from vecsim.kernel.placed import fetched
 from vecsim.kernel.state import (
     ALONE,
     BAD_DURATION,
@@ -301,26 +302,27 @@ def report(counts, own, ended):
 
 
 @bare_entry
-def simulate(policy, memory, model, load, work, cache, record, time_limit, warmup, stop, own_rule, own_duration):
-    """Run one scenario. Results stay in `work`; returns the status.
+def simulate(place, kind, time_limit):
+    """Run one scenario, or a worker of a fleet until a time. Results stay in its `TokenWork`; returns the status.
 
     Parameters
     ----------
-    policy : Policy
-    memory : Memory
-    model : StepModel
-    load : TokenLoad
-    work : TokenWork
-    cache : Cache
-    record : StepRecord
-        Of no step if they aren't kept.
-    time_limit, warmup : float
+    place : Placed
+        Address of a `Place`: a worker is visited more often than it makes steps, and handing all over each time took
+        longer than a step.
+    kind : int
+        ALONE, BEGINS, GOES_ON or STOPS.
+    time_limit : float
         Seconds.
-    stop : array
-        Set from outside to interrupt.
-    own_rule, own_duration : int
-        Addresses of the user's own: how many tokens to compute of a request, and how long a step lasts.
     """
+    policy, memory, model, load = (
+        fetched(place.policy),
+        fetched(place.memory),
+        fetched(place.model),
+        fetched(place.load),
+    )
+    work, cache, record = fetched(place.work), fetched(place.cache), fetched(place.record)
+    warmup, stop, own_rule, own_duration = place.warmup, place.stop, place.own_rule, place.own_duration
     arrived_at, prompt, output, caps = load.arrived_at, load.prompt_tokens, load.output_tokens, load.max_tokens
     follower, urgency, ttft_limits = load.follower, load.urgency, load.ttft_limits
     counts, sums, gaps, own, times = work.counts, work.sums, work.gaps, work.own, work.times
@@ -333,7 +335,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
     grows = policy.hold != RESERVED
     room_for = recorded_times.shape[1]
     is_plain = (
-        load.visit == ALONE
+        kind == ALONE
         and is_formula(model.formula)
         and grows
         and not (caching or room_for > 0 or load.closed or follower.size > 0)
@@ -342,13 +344,13 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
         and not load.watches_gaps
     )
 
-    alone = load.visit == ALONE
+    alone = kind == ALONE
     if alone:
         gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
         reset_requests(own, times, cache.owned, prompt.size, caching)
-    if load.visit <= BEGINS:
+    if kind <= BEGINS:
         reset(counts, sums, first, residues, unclip, work.late, memory, cache, policy.ratio)
-    if load.visit == BEGINS:
+    if kind == BEGINS:
         return DONE
 
     t = sums[END_TIME]
@@ -681,7 +683,7 @@ def simulate(policy, memory, model, load, work, cache, record, time_limit, warmu
                     break
             if load.closed or follower.size > 0:
                 dynamic_due = next_issued(work)
-            if status != DONE or load.visit == STOPS:
+            if status != DONE or kind == STOPS:
                 break
     if not measuring:
         forget_steps(counts, sums, gaps)

@@ -9,7 +9,6 @@ from vecsim.kernel.heap import enter, leave
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.state import (
-    ALONE,
     AS_SCHEDULED,
     FEWEST_TOKENS,
     LAST,
@@ -262,7 +261,7 @@ def is_spared(work, load, cache, memory, policy):
     """Whether the last running request need not be preempted, since one that waits gave its blocks back instead."""
     counts = work.counts
     return (
-        load.visit != ALONE
+        not load.alone
         and counts[DECODING] + counts[PREFILLING] == 1
         and yield_blocks(work, load.arrived_at, cache, memory, policy)
     )

@@ -20,6 +20,7 @@ from vecsim.kernel.state import (
     Fleet,
     Formula,
     Memory,
+    Place,
     Policy,
     Router,
     Split,
@@ -484,8 +485,9 @@ def room_of(fleet, groups, workers):
     while leaves < workers:
         leaves *= 2
     return Fleet(
-        fleet.group[:workers], fleet.blocks[:workers], fleet.fits, fleet.sent, fleet.sent_blocks, fleet.sent_new,
-        fleet.expected, fleet.survey, fleet.turn, fleet.before, fleet.clock[: 2 * leaves], fleet.loads, fleet.way,
+        fleet.group[:workers], fleet.put, fleet.blocks[:workers], fleet.fits, fleet.sent, fleet.sent_blocks,
+        fleet.sent_new, fleet.expected, fleet.survey, fleet.turn, fleet.before, fleet.clock[: 2 * leaves], fleet.loads,
+        fleet.way,
         fleet.instants, fleet.moved, fleet.left, fleet.runs, fleet.allocator, fleet.next_block,
         fleet.chains, fleet.places, fleet.timers, fleet.between, fleet.waiting, fleet.ones, fleet.own, fleet.times,
         fleet.owned, fleet.own_blocks, fleet.links, fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts,
@@ -538,7 +540,7 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_route
             itl_limits,
             watches_gaps,
             static,
-            ALONE,
+            p[FLEET] < 0,
             0,
             int(p[ARRIVALS]) == CLOSED,
             p[THINK],
@@ -565,13 +567,14 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_route
             scratch.own_start,
         )
         if p[FLEET] < 0:
+            place = Place(
+                policy, memory, model_of(p, streams), load, work, cache, job.record, job.warmup, job.stop, own_rule,
+                own_duration,
+            )  # fmt: skip
             status = call_token_loop(
                 step_loop,
-                (
-                    policy, memory, model_of(p, streams), load, work, cache, job.record, job.time_limit, job.warmup,
-                    job.stop, own_rule, own_duration,
-                ),
-            )  # fmt: skip
+                (placed(place), ALONE, job.time_limit),
+            )
         else:
             numbers = streams.fleets[int(p[FLEET])]
             first_group, workers = int(numbers[FIRST_GROUP]), int(numbers[WORKERS])

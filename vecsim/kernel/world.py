@@ -3,9 +3,9 @@
 import numpy as np
 
 from vecsim.kernel import tree
-from vecsim.kernel.address import call_token_loop
+from vecsim.kernel.address import call_token_loop, found
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
-from vecsim.kernel.placed import fetched
+from vecsim.kernel.placed import fetched, put
 from vecsim.kernel.routing import PREFILLS, load_of
 from vecsim.kernel.state import (
     BAD_DURATION,
@@ -13,6 +13,7 @@ from vecsim.kernel.state import (
     DONE,
     GOES_ON,
     Cache,
+    Place,
     TokenLoad,
     TokenWork,
 )
@@ -26,7 +27,6 @@ from vecsim.kernel.token_state import (
     FORESEEN,
     INBOX_HEAD,
     LONGEST,
-    MEASURING,
     NEW_BLOCKS,
     NOW,
     RUNNING,
@@ -103,7 +103,7 @@ def cache_of(world, worker):
 
 
 @inlined
-def visiting(world, kind, worker):
+def visiting(world, worker):
     """The load as a worker is given it: requests come by its inbox alone, and have one token to yield for a prefill."""
     load = world.load
     prefills = prefills_only(world, worker)
@@ -121,7 +121,7 @@ def visiting(world, kind, worker):
         load.itl_limits,
         load.watches_gaps and not prefills,
         0,
-        kind,
+        False,
         whole(worker),
         False,
         load.think_time,
@@ -132,21 +132,28 @@ def visiting(world, kind, worker):
 
 
 @bare
+def settle_in(world, worker, measures):
+    """Keep what a worker is visited with; of prefill workers, and before the warm-up is over, nobody counts gaps."""
+    fleet, work = world.fleet, world.work
+    p = world.groups[kind_of(world, worker)]
+    measures = measures and not prefills_only(world, worker)
+    put(
+        Place(
+            policy_of(p), memory_of(p), tables_of(p, world.tables), visiting(world, worker),
+            view(world, worker, work.gaps if measures else fleet.unmeasured), cache_of(world, worker),
+            fetched(world.record), world.warmup, world.stop, world.own_rule, world.own_duration,
+        ),
+        fleet.put[unsigned(worker)],
+    )  # fmt: skip
+
+
+@bare
 def visit(world, worker, kind, until):
     """Have a worker go on until a time; returns the status."""
     fleet, work = world.fleet, world.work
-    p = world.groups[kind_of(world, worker)]
     w = unsigned(worker)
-    measures = fleet.counts[w, MEASURING] != 0 and not prefills_only(world, worker)
     fleet.counts[w, ALL_STEPS] = work.counts[ALL_STEPS]
-    status = call_token_loop(
-        world.step_loop,
-        (
-            policy_of(p), memory_of(p), tables_of(p, world.tables), visiting(world, kind, worker),
-            view(world, worker, work.gaps if measures else fleet.unmeasured), cache_of(world, worker),
-            fetched(world.record), until, world.warmup, world.stop, world.own_rule, world.own_duration,
-        ),
-    )  # fmt: skip
+    status = call_token_loop(world.step_loop, (found(fleet.put[w]), kind, until))
     if kind != BEGINS:
         work.counts[ALL_STEPS] = fleet.counts[w, ALL_STEPS]
     if status == BAD_DURATION:
