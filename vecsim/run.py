@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.axes import Plan
-from vecsim.fleet import AnyEngine, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
+from vecsim.fleet import AnyEngine, Cluster, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
-from vecsim.kernel.state import ApartScratch, Outcome, Scratch, StepRecord
+from vecsim.kernel.state import ApartScratch, ClusterOutcome, ClusterScratch, Outcome, Scratch, StepRecord
 from vecsim.measure import check_quantiles, check_times
 from vecsim.paths import (
     HOP_TIME,
@@ -28,6 +28,7 @@ from vecsim.paths import (
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.sweep.report import has_slo
+from vecsim.tick_fleets import present, steps_of
 from vecsim.transfer import KVTransfer
 from vecsim.variables import (
     APART_REQUEST_VARIABLES,
@@ -228,6 +229,8 @@ class Run:
             variables, steps = self._token_steps()
         elif isinstance(self.engine, TickDisaggregatedEngine):
             variables, steps = self._apart_steps()
+        elif isinstance(self.engine, Cluster):
+            variables, steps = self._cluster_steps()
         else:
             variables, steps = self._tick_steps()
         return xr.Dataset(
@@ -258,21 +261,27 @@ class Run:
         first = started + self.engine.load_generator.total_prefill_chunks
         ended = first + self._single.record.output_tokens[0, : outcome.started] - 1
 
-        def count(entered: np.ndarray, left: np.ndarray) -> np.ndarray:
-            """How many are in a state at each step, from the boundaries at which they enter and leave it."""
-            change = np.bincount(entered[entered < steps], minlength=steps)
-            change -= np.bincount(left[left < steps], minlength=steps)
-            return np.cumsum(change)
-
         values = {
             "time": scratch.time[:steps],
             "duration": np.diff(scratch.time[: steps + 1]),
-            "queue_size": count(scratch.enqueued_step[: outcome.enqueued], started),
-            "prefilling": count(started, first),
-            "decoding": count(first, ended),
+            "queue_size": present(scratch.enqueued_step[: outcome.enqueued], started, steps),
+            "prefilling": present(started, first, steps),
+            "decoding": present(first, ended, steps),
         }
         variables = {variable.name: describe(variable, ("step",), values[variable.name]) for variable in STEP_VARIABLES}
         return variables, steps
+
+    def _cluster_steps(self) -> tuple[dict[str, Any], int]:
+        """(variables of the steps of all workers of a cluster in ticks, how many there are)."""
+        outcome, scratch = self._single.outcome, self._single.scratch
+        assert isinstance(outcome, ClusterOutcome)
+        assert isinstance(scratch, ClusterScratch)
+        lengths = self._single.record.output_tokens[0]
+        values, steps = steps_of(scratch, outcome, lengths, self.engine.load_generator)
+        return {
+            variable.name: describe(variable, ("step",), values[variable.name])
+            for variable in (*STEP_VARIABLES, *FLEET_STEP_VARIABLES)
+        }, steps
 
     def _apart_steps(self) -> tuple[dict[str, Any], int]:
         """(times between changes of a disaggregated engine in ticks, how many there are)."""
