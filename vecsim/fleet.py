@@ -243,8 +243,8 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
 
     Metrics are those of all workers together; `max_queue` and `kv_peak` those of the worker with the most.
 
-    With `TickStepTime` in its pools it is a cluster of the tick model: each worker is an engine of that model by a clock
-    of its own, and idle ones make steps of a tick. A request that is due is routed by how the workers are after all of
+    With `TickStepTime` in its pools it is a cluster of the tick model: each worker is an engine of that model by its own
+    clock, and idle ones make steps of a tick. A request that is due is routed by how the workers are after all of
     their boundaries before that instant. Its worker notices it at its first boundary from then on: its `enqueued_at`.
 
     A closed loop keeps `target_concurrency` requests in the whole cluster. Boundaries follow one another by time, those
@@ -254,7 +254,7 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
     Metrics are those of an `Engine`; `mean_queue` is the sum of the workers', each over its own boundaries, `steps` are
     those of all, and `end_time` is the latest. A request that no boundary noticed before the end hasn't arrived yet; it
     has no `enqueued_at`. `slot` is a place in the batch of its worker. Routers there are `RoundRobinRouter`,
-    `RandomRouter`, `LeastOutstandingRouter`, `PowerOfTwoRouter` and `CustomRouter`, which is told 0 of prompts and memory.
+    `RandomRouter`, `LeastOutstandingRouter`, `PowerOfTwoRouter` and `CustomRouter` (0 is all it is told of memory).
 
     Parameters
     ----------

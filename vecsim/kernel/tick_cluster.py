@@ -57,8 +57,8 @@ GROUP_WORKERS, GROUP_SLOTS, GROUP_BATCHER, GROUP_PARAMETER, GROUP_RULE, GROUP_FI
 SLOTS, BATCHER, RULE, STEP, IN_BATCH, IN_PREFILL, IN_QUEUE, FIRST_DUE = range(8)
 SENT_LAST, NOTICED, STARTED, HAD_FIRST, SENT, ENDED, MAX_QUEUE, QUEUES, MEASURED_FROM, COUNTS = range(8, 18)
 
-# Columns of `scratch.times` [worker]: the next boundary, the first one that isn't before the end of the warm-up, and the
-# number of the batcher
+# Columns of `scratch.times` [worker]: the next boundary, the first one from the end of the warm-up on, and the number of
+# the batcher
 CLOCK, BEGIN, PARAMETER, TIMES = range(4)
 
 # Places of `scratch.totals`: requests that came and that ended, the router's turn, most requests in prefill at a time,
@@ -217,7 +217,7 @@ def create(by, t, missing, setting, scratch):
 def go_on(worker, until, setting, output_tokens, scratch):
     """Process a worker's boundaries before a time; returns the status. O(1) a step and a request.
 
-    What was sent there until then is in its chain. A worker that becomes idle is left behind, but at the end of the run.
+    What was sent there until then is in its chain. A worker that becomes idle is left there, but at the end of the run.
     """
     w = unsigned(worker)
     # Taken out of the tuples once
