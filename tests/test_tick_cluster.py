@@ -1,16 +1,22 @@
 """The tick model's cluster: against a literal reading of its rules, against an engine, and against laws."""
 
+import itertools
 import math
+import pickle
 
 import numpy as np
 import policies
+import pytest
 import strategies
 import tick_cluster_oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vecsim as sim
+from vecsim import plot
 from vecsim.axes import replace_all
+from vecsim.plot import interactive
+from vecsim.sweep import report, spec
 from vecsim.variables import DISTRIBUTIONS, SCALARS
 
 INSTANTS = ("arrived_at", "enqueued_at", "started_at", "first_token_at", "completed_at")
@@ -32,9 +38,13 @@ clusters = st.builds(
 )
 
 
+def pool_of(**fields) -> sim.Pool:
+    return sim.Pool(**({"max_batch_size": 4, "batcher": sim.IFBatcher(), "step_time": sim.TickStepTime()} | fields))
+
+
 def cluster(workers: int = 1, router=None, **fields) -> sim.Cluster:
     load = fields.pop("load_generator", sim.PoissonLoadGenerator(output_tokens=8))
-    pool = sim.Pool(workers=workers, **({"batcher": sim.IFBatcher(), "step_time": sim.TickStepTime()} | fields))
+    pool = pool_of(workers=workers, **fields)
     return sim.Cluster(pool=pool, router=router or sim.RoundRobinRouter(), load_generator=load)
 
 
@@ -178,3 +188,250 @@ def test_requests_are_conserved_and_no_slot_holds_two(cluster, time_limit):
         for slot in range(size):
             there = own.isel(request=own.slot.values == slot)
             assert (there.started_at.values[1:] >= there.completed_at.values[:-1]).all()
+
+
+def test_a_sweep_is_the_runs_of_its_scenarios_on_any_number_of_threads():
+    axes = {
+        "workers": [1, 3, 8],
+        "router": [sim.RoundRobinRouter(), sim.PowerOfTwoRouter(), sim.CustomRouter(rule=policies.least_waiting)],
+        "batcher": [sim.IFBatcher(), sim.CustomBatcher(rule=policies.every_field, parameter=2)],
+        "request_rate": [0.2, 1.4],
+        "seed": range(3),
+    }
+    swept = cluster(max_batch_size=3)
+    one, many = (sim.sweep(swept, 200, warmup=20, keep="requests", progress=False, threads=n, **axes) for n in (1, 3))
+    assert one.identical(many)
+    at = {"workers": 3, "request_rate": 1.4, "seed": 2}
+    place = {"router": 1, "batcher": 1}
+    chosen = replace_all(
+        swept,
+        {
+            "pool.workers": 3,
+            "pool.batcher": axes["batcher"][1],
+            "router": axes["router"][1],
+            "load_generator.request_rate": 1.4,
+            "load_generator.seed": 2,
+        },
+    )
+    run, kept = chosen.run(200, warmup=20), one.sel(at).isel(place)
+    for name in run.metrics:
+        np.testing.assert_array_equal(kept[name].values, run.metrics[name].values, err_msg=name)
+    for name in run.requests:
+        values = kept[name].values[: run.requests.sizes["request"]]
+        np.testing.assert_array_equal(values, run.requests[name].values, err_msg=name)
+    queues = sim.sweep(swept, 200, keep="queue", progress=False, **axes).sel(at).isel(place)
+    entered, started = (np.sort(chosen.run(200).requests[name].values) for name in ("enqueued_at", "started_at"))
+    waiting = (np.searchsorted(at, queues.time.values, "right") for at in (entered, started))
+    np.testing.assert_array_equal(queues.queue_size.values, next(waiting) - next(waiting))
+
+
+def test_a_closed_loop_on_one_axis_with_open_loads_gets_what_it_gets_alone():
+    loads = [
+        sim.PoissonLoadGenerator(request_rate=1),
+        sim.ConcurrentLoadGenerator(target_concurrency=9),
+        sim.PoissonLoadGenerator(request_rate=1),
+        sim.BatchLoadGenerator(initial_batch=30),
+    ]
+    swept = cluster(4, sim.LeastOutstandingRouter(), max_batch_size=2)
+    both = sim.sweep(swept, 100, load_generator=loads, progress=False, threads=1)
+    for i, load in enumerate(loads):
+        alone = cluster(4, sim.LeastOutstandingRouter(), max_batch_size=2, load_generator=load).run(100).metrics
+        for name in alone:
+            np.testing.assert_array_equal(both[name].values[i], alone[name].values, err_msg=name)
+
+
+def test_fleets_of_different_pools_are_swept_together():
+    small, large = (
+        pool_of(workers=n, max_batch_size=slots, batcher=batcher)
+        for n, slots, batcher in ((4, 2, sim.IFBatcher()), (1, 8, sim.StaticBatcher()))
+    )
+    load = sim.PoissonLoadGenerator(output_tokens=8)
+    pools = [small, (small, large), (large,)]
+    swept = sim.sweep(sim.Cluster(pool=small, load_generator=load), 150, pool=pools, progress=False)
+    assert swept.pool.values.tolist() == ["Pool", "Pool + Pool", "Pool #2"]
+    assert report.slots_of(swept).values.tolist() == [8, 16, 8]
+    for i, pool in enumerate(pools):
+        alone = sim.Cluster(pool=pool, load_generator=load).run(150).metrics
+        np.testing.assert_array_equal(swept.e2e.values[i], alone.e2e.values)
+    both = sim.Cluster(pool=(small, large), load_generator=load)
+    numbered = sim.sweep(both, 150, **{"pool.0.workers": [2, 4], "pool.1.max_batch_size": [8, 3]}, progress=False)
+    np.testing.assert_array_equal(numbered.e2e.values[1, 0], swept.e2e.values[1])
+    assert report.slots_of(numbered).values.tolist() == [[12, 7], [16, 11]]
+    assert "pool.1.max_batch_size" in report.table(numbered)
+
+
+def test_equal_workers_are_better_used_the_more_the_router_knows():
+    load = sim.PoissonLoadGenerator(request_rate=1.6, output_tokens=20)
+    named = [sim.RandomRouter(), sim.PowerOfTwoRouter(), sim.LeastOutstandingRouter()]
+    swept = sim.sweep(cluster(8, load_generator=load), 4000, router=named, seed=range(4), progress=False)
+    random, two, least = swept.queue_time.sel(stat="mean").mean("seed").values
+    assert least < two < random
+
+
+def test_queue_growth_tells_how_many_workers_a_load_needs():
+    load = sim.RequestRateLoadGenerator(request_rate=0.9, output_tokens=20)
+    grown = sim.queue_growth(cluster(1, load_generator=load), 300, 6000, workers=[2, 4, 8], progress=False)
+    assert grown.grows.values.tolist() == [True, True, False]
+
+
+def test_workers_that_idle_cost_nothing_and_a_ring_is_no_longer_than_outputs():
+    load = sim.PoissonLoadGenerator(
+        request_rate=0.01, prefill_time=1 / 3, itl=1.1, output_tokens=sim.Normal(mean=10, std=5)
+    )
+    run = cluster(2000, load_generator=load).run(200_000.5)
+    assert run.metrics.steps > 2000 * 190_000
+    ring = run._single.scratch.ring
+    assert ring.size == 2000 * 32  # outputs are 10 +- 5 tokens
+    assert (run.requests.started_at == run.requests.enqueued_at).all()
+
+
+def test_what_workers_did_adds_up_to_the_metrics():
+    pool = pool_of(workers=2, max_batch_size=3)
+    pools = (pool, replace_all(pool, {"max_batch_size": 5}))
+    run = sim.Cluster(pool=pools, load_generator=sim.PoissonLoadGenerator(request_rate=1.5)).run(300)
+    workers, metrics = run.workers, run.metrics
+    assert workers.pool.values.tolist() == [0, 0, 1, 1]
+    assert workers.steps.sum() == metrics.steps
+    assert workers.mean_queue.sum() == metrics.mean_queue
+    assert workers.max_queue.max() == metrics.max_queue
+    assert workers.requests.sum() == run.requests.sizes["request"]
+    over_time = run.workers_over_time(40)
+    assert over_time.sizes == {"worker": 4, "time": 40}
+    np.testing.assert_allclose(over_time.utilization.mean("time"), workers.utilization, rtol=1e-9)
+    np.testing.assert_allclose(
+        over_time.running.mean("time") / over_time.utilization.mean("time"), workers.batch_size, rtol=1e-9
+    )
+
+
+def test_a_picture_has_the_slots_of_each_worker_and_a_box_for_each_phase():
+    pool = pool_of(workers=2, max_batch_size=3)
+    pools = (pool, replace_all(pool, {"max_batch_size": 5}))
+    load = sim.PoissonLoadGenerator(request_rate=0.6, prefill_time=2.5, total_prefill_chunks=2, itl=1.2, seed=1)
+    run = sim.Cluster(pool=pools, load_generator=load).run(60)
+    figure = run.plot()
+    top, queue = figure.axes[:2]
+    assert top.get_ylabel() == "worker"
+    assert top.get_ylim() == (15.5, -0.5)
+    assert [text.get_text() for text in top.get_yticklabels()] == ["0", "1", "2", "3"]
+    np.testing.assert_array_equal(top.get_yticks(), [1, 4, 8, 13])
+    prefill, decode = top.collections
+    assert len(prefill.get_paths()) == run.metrics.started
+    assert len(decode.get_paths()) == (run.requests.first_token_at < run.metrics.end_time).sum()
+    total = [int(run.steps.queue_size.values[run.steps.worker.values == worker][-1]) for worker in range(4)]
+    assert queue.get_lines()[0].get_ydata()[-1] == sum(total) == run.metrics.final_queue
+
+    shown = interactive.cells(run)
+    for worker, rows in enumerate((slice(0, 3), slice(3, 6), slice(6, 11), slice(11, 16))):
+        own = run.steps.isel(step=run.steps.worker.values == worker)
+        at = np.searchsorted(shown.edges, own.time.values)
+        np.testing.assert_array_equal((shown.phase[rows, at] == 1).sum(axis=0), own.prefilling)
+        np.testing.assert_array_equal((shown.phase[rows, at] == 2).sum(axis=0), own.decoding)
+        for row in range(rows.start, rows.stop):
+            for before, now in itertools.pairwise(at):
+                if shown.phase[row, now] == 2:
+                    goes_on = shown.phase[row, before] == 2 and shown.request[row, before] == shown.request[row, now]
+                    assert shown.token[row, now] == (shown.token[row, before] + 1 if goes_on else 1)
+    assert len(run.plot(interactive=True).data[0].y) == 16
+    assert plot.compare([run, run], labels=["one", "other"]).axes
+    assert "Requests/(1K ticks) = " in str(run)
+
+
+def test_declarations_and_specs_come_back(tmp_path):
+    for made in (cluster(3), cluster(2, sim.CustomRouter(rule=policies.least_waiting), max_batch_size=5)):
+        assert sim.Cluster.from_toml(made.to_toml()) == made
+        assert pickle.loads(pickle.dumps(made)) == made
+        assert not made.is_token
+    written = tmp_path / "cluster.toml"
+    written.write_text("""
+        time_limit = 50
+        [engine]
+        type = "Cluster"
+        router = { type = "LeastOutstandingRouter" }
+        [engine.pool]
+        workers = 3
+        max_batch_size = 4
+        batcher = { type = "IFBatcher" }
+        step_time = { type = "TickStepTime" }
+        [engine.load_generator]
+        type = "RequestRateLoadGenerator"
+        [axes]
+        workers = "1..3"
+        batcher = ["StaticBatcher", "IFBatcher"]
+    """)
+    read = spec.read_spec(str(written))
+    swept = sim.sweep(read.engine, read.time_limit, progress=False, **read.keywords())
+    assert swept.sizes == {"workers": 3, "batcher": 2, "stat": 6}
+    assert swept.attrs["declaration"] == read.engine.to_json()
+
+
+LOAD = sim.PoissonLoadGenerator()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cluster(0), "workers must be >= 1, got 0"),
+        (
+            lambda: cluster(batcher=sim.TokenBudgetBatcher()),
+            "batcher TokenBudgetBatcher needs a step_time in seconds, got TickStepTime",
+        ),
+        (lambda: cluster(kv_cache=sim.KVCache(blocks=10)), "kv_cache means nothing in the tick model"),
+        (lambda: cluster(max_model_len=100), "max_model_len means nothing in the tick model, got 100"),
+        (
+            lambda: sim.Cluster(pool=pool_of(), load_generator=LOAD, overheads=sim.Overheads(per_step=1)),
+            "overheads means nothing in the tick model",
+        ),
+        (
+            lambda: sim.Cluster(pool=pool_of(), load_generator=LOAD, slo=sim.SLO(ttft=1)),
+            "slo means nothing in the tick model",
+        ),
+        (
+            lambda: cluster(load_generator=sim.PoissonLoadGenerator(prompt_tokens=10, output_tokens=5)),
+            "prompt_tokens must be left out where step_time is TickStepTime",
+        ),
+        (
+            lambda: sim.Cluster(
+                pool=(pool_of(), pool_of(batcher=sim.TokenBudgetBatcher(), step_time=sim.LinearStepTime(base=1))),
+                load_generator=LOAD,
+            ),
+            "step_time must be TickStepTime in all pools, or in none: ticks aren't seconds",
+        ),
+        (
+            lambda: sim.DisaggregatedEngine(prefill=pool_of(), decode=pool_of(), load_generator=LOAD),
+            "in seconds, got TickStepTime: in ticks there is TickDisaggregatedEngine",
+        ),
+        *(
+            (
+                lambda router=router: cluster(2, router()),
+                f"router {router.__name__} needs a step_time in seconds, got TickStepTime",
+            )
+            for router in (sim.LeastKVRouter, sim.SessionRouter, sim.KVAwareRouter, sim.OverlapRouter)
+        ),
+        (
+            lambda: cluster(2, sim.CustomRouter(rule=policies.least_waiting, event_latency=1)),
+            "router.event_latency means nothing in the tick model, got 1.0",
+        ),
+        (
+            lambda: sim.sweep(cluster(2), 10, router=[sim.RandomRouter(), sim.LeastKVRouter()], progress=False),
+            "router LeastKVRouter needs a step_time in seconds",
+        ),
+        (lambda: cluster(2).run(None), "time_limit must be given in the tick model"),
+        (lambda: cluster(2).run(10).ttft_parts, "ttft_parts are there for runs in seconds"),
+        (
+            lambda: sim.sweep(cluster(2), 1e9, workers=[2, 60_000], output_tokens=10**8, progress=False),
+            "GiB are free: most of it is for .* of 60,000 workers",
+        ),
+        (
+            lambda: cluster(2, batcher=policies.negative_later, load_generator=sim.BatchLoadGenerator()).run(100),
+            r"rule negative_later must return 0 to 4 requests \(batch.free\), got -1 at 21 ticks with 0 running, \d+ "
+            "queued at worker 0",
+        ),
+        (
+            lambda: cluster(2, batcher=policies.divides).run(100),
+            "rule divides raised ZeroDivisionError: .*division by zero",
+        ),
+    ],
+)
+def test_what_the_tick_model_has_not_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -188,6 +188,10 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
         """Workers of all pools."""
         return sum(pool.workers for pool in self.pools)
 
+    def slots(self) -> list[int]:
+        """Slots of each worker."""
+        return [pool.max_batch_size for pool in self.pools for _ in range(pool.workers)]
+
     @property
     def max_batch_size(self) -> int:
         """Slots of all workers."""
@@ -243,8 +247,8 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
 
     Metrics are those of all workers together; `max_queue` and `kv_peak` those of the worker with the most.
 
-    With `TickStepTime` in its pools it is a cluster of the tick model: each worker is an engine of that model by its own
-    clock, and idle ones make steps of a tick. A request that is due is routed by how the workers are after all of
+    With `TickStepTime` in its pools it is a cluster of the tick model: each worker is an engine of that model with a
+    clock of its own; idle ones make steps of a tick. A request that is due is routed by how the workers are after all
     their boundaries before that instant. Its worker notices it at its first boundary from then on: its `enqueued_at`.
 
     A closed loop keeps `target_concurrency` requests in the whole cluster. Boundaries follow one another by time, those

@@ -28,7 +28,7 @@ from vecsim.paths import (
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.sweep.report import has_slo
-from vecsim.tick_fleets import present, steps_of
+from vecsim.tick_fleets import present, steps_of, tick_workers, tick_workers_over_time
 from vecsim.transfer import KVTransfer
 from vecsim.variables import (
     APART_REQUEST_VARIABLES,
@@ -64,9 +64,10 @@ class Run:
     `hit_tokens`, `preempted`, `refused` and `class_number` instead of `enqueued_at` and `slot`, and steps
     `prefill_tokens`, `kv_blocks` and `running` too. `ttft_parts` has what the time to first token is made of.
 
-    Of fleets requests and steps have their `worker`, and there are `workers` and `workers_over_time`. Where prefill is
-    kept apart requests have the way they went (`prefill_worker`, `remote`, `reserved_at`, `prefilled_at`,
-    `transfer_began_at`, `transfer_time`, `hop_time` and more), and there are `transfer_parts` and `links`.
+    Of fleets requests and steps have their `worker`, and there are `workers` and `workers_over_time`; a `slot` is that
+    worker's. Where prefill is kept apart requests have the way they went (`prefill_worker`, `remote`, `reserved_at`,
+    `prefilled_at`, `transfer_began_at`, `transfer_time`, `hop_time` and more), and there are `transfer_parts` and
+    `links`.
     """
 
     def __init__(
@@ -180,6 +181,8 @@ class Run:
         ValueError
             When it is no fleet.
         """
+        if isinstance(self.engine, Cluster) and not self.engine.is_token:
+            return tick_workers(self.steps, self.requests, self.engine, float(self.metrics.end_time))
         steps, pools, blocks = self._of_workers("workers")
         return workers_dataset(steps, self.requests, pools, blocks, float(self.metrics.end_time))
 
@@ -195,7 +198,8 @@ class Run:
         -------
         xarray.Dataset
             Means over each interval of `utilization`, `prefilling`, `decoding`, `running`, `queue_size`, `kv_use`; a
-            worker counts as empty between its steps.
+            worker counts as empty between its steps. In the tick model `utilization` is the share of the time with a
+            request in the batch, and there is no `kv_use`.
 
         Raises
         ------
@@ -204,6 +208,9 @@ class Run:
         """
         if not isinstance(intervals, Integral) or isinstance(intervals, bool) or intervals < 1:
             raise ValueError(f"intervals must be a whole number >= 1, got {intervals!r}")
+        if isinstance(self.engine, Cluster) and not self.engine.is_token:
+            end_time = float(self.metrics.end_time)
+            return tick_workers_over_time(self.steps, self.engine.workers, end_time, int(intervals))
         steps, pools, blocks = self._of_workers("workers_over_time")
         return workers_over_time(steps, pools, blocks, float(self.metrics.end_time) or 1.0, int(intervals))
 
@@ -325,12 +332,13 @@ class Run:
         if self.engine.is_token:
             return self._token_rows()
         mean = {name: float(metrics[name].sel(stat="mean")) for name in ("e2e", "ttft", "itl")}
+        each = "" if isinstance(self.engine, Fleet) else "/instance"
         return [
             ("Average E2E Latency", f"{mean['e2e']:.2f}"),
             ("Average TTFT", f"{mean['ttft']:.2f}"),
             ("Average ITL", f"{mean['itl']:.2f}"),
-            ("Requests/(1K ticks)/instance", f"{float(metrics.request_throughput):.2f}"),
-            ("Tokens/(1K ticks)/instance", f"{float(metrics.token_throughput):.2f}"),
+            (f"Requests/(1K ticks){each}", f"{float(metrics.request_throughput):.2f}"),
+            (f"Tokens/(1K ticks){each}", f"{float(metrics.token_throughput):.2f}"),
             ("Final Queue Size", f"{int(metrics.final_queue)}"),
             ("Completed Requests", f"{int(metrics.completed)} of {int(metrics.arrived)}"),
             ("Slot Utilization", f"{100 * float(metrics.utilization):.1f} %"),

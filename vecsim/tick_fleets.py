@@ -11,6 +11,8 @@ from vecsim.kernel.state import REFUSED, Array, ClusterOutcome, ClusterScratch, 
 from vecsim.routing import ROUTERS, CustomRouter
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from vecsim.fleet import Cluster
     from vecsim.scenarios import Block
 
@@ -235,6 +237,76 @@ def steps_of(
     order = np.lexsort((worker, values[0]))
     names = ("time", "duration", "queue_size", "prefilling", "decoding", "worker")
     return {name: value[order] for name, value in zip(names, (*values, worker), strict=True)}, order.size
+
+
+def tick_workers(steps: "xr.Dataset", requests: "xr.Dataset", cluster: "Cluster", end_time: float) -> "xr.Dataset":
+    """What each worker did over the whole run [worker], from `Run.steps` and `Run.requests`."""
+    import xarray as xr
+
+    from vecsim.paths import labelled
+
+    workers, pools = cluster.workers, [pool.workers for pool in cluster.pools]
+    worker, lasts, queue = (steps[name].values for name in ("worker", "duration", "queue_size"))
+    running = (steps.prefilling + steps.decoding).values
+    made = np.bincount(worker, minlength=workers)
+    busy = np.bincount(worker, lasts * (running > 0), workers)
+    longest = np.zeros(workers)
+    np.maximum.at(longest, worker, queue)
+    dims = ("worker",)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return xr.Dataset(
+            {
+                "pool": labelled(dims, np.repeat(np.arange(len(pools)), pools), "number of the pool", ""),
+                "requests": labelled(
+                    dims, np.bincount(requests.worker.values, minlength=workers), "requests sent there", "requests"
+                ),
+                "steps": labelled(dims, made, "steps", "1"),
+                "busy": labelled(dims, busy, "time with a request in the batch", "ticks"),
+                "utilization": labelled(dims, busy / end_time, "share of the time with a request in the batch", "1"),
+                "batch_size": labelled(
+                    dims, np.bincount(worker, running * lasts, workers) / busy, "mean requests then", "requests"
+                ),
+                "mean_queue": labelled(
+                    dims, np.bincount(worker, queue, workers) / made, "mean queue over boundaries", "requests"
+                ),
+                "max_queue": labelled(dims, longest, "largest queue", "requests"),
+            },
+            {"worker": np.arange(workers)},
+        )
+
+
+def tick_workers_over_time(steps: "xr.Dataset", workers: int, end_time: float, intervals: int) -> "xr.Dataset":
+    """Means of what each worker did in equal intervals of the run [worker, time], from `Run.steps`."""
+    import xarray as xr
+
+    from vecsim.paths import labelled
+    from vecsim.series import mean_in_intervals
+
+    edges = np.linspace(0.0, end_time, intervals + 1)
+    order = np.argsort(steps.worker.values, kind="stable")
+    own = np.split(order, np.searchsorted(steps.worker.values[order], np.arange(1, workers)))
+    begin, lasts, prefilling, decoding, queue = (
+        steps[name].values for name in ("time", "duration", "prefilling", "decoding", "queue_size")
+    )
+
+    def means(values: Array, long_name: str, units: str = "requests") -> Any:
+        rows = [mean_in_intervals(begin[of], lasts[of], values[of], edges) for of in own]
+        return labelled(("worker", "time"), np.array(rows), long_name, units)
+
+    running = prefilling + decoding
+    return xr.Dataset(
+        {
+            "utilization": means((running > 0).astype(np.float64), "share of the time with a request", "1"),
+            "prefilling": means(prefilling, "prefilling requests"),
+            "decoding": means(decoding, "decoding requests"),
+            "running": means(running, "running requests"),
+            "queue_size": means(queue, "queue size"),
+        },
+        {
+            "worker": np.arange(workers),
+            "time": labelled(("time",), (edges[:-1] + edges[1:]) / 2, "middle of the interval", "ticks"),
+        },
+    )
 
 
 def present(entered: Array, left: Array, steps: int) -> Array:

@@ -57,8 +57,8 @@ GROUP_WORKERS, GROUP_SLOTS, GROUP_BATCHER, GROUP_PARAMETER, GROUP_RULE, GROUP_FI
 SLOTS, BATCHER, RULE, STEP, IN_BATCH, IN_PREFILL, IN_QUEUE, FIRST_DUE = range(8)
 SENT_LAST, NOTICED, STARTED, HAD_FIRST, SENT, ENDED, MAX_QUEUE, QUEUES, MEASURED_FROM, COUNTS = range(8, 18)
 
-# Columns of `scratch.times` [worker]: the next boundary, the first one from the end of the warm-up on, and the number of
-# the batcher
+# Columns of `scratch.times` [worker]: the next boundary, the first one from the end of the warm-up on, and the number
+# that the batcher has
 CLOCK, BEGIN, PARAMETER, TIMES = range(4)
 
 # Places of `scratch.totals`: requests that came and that ended, the router's turn, most requests in prefill at a time,
