@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vecsim as sim
-from vecsim import plot
+from vecsim import plot, scenarios
 from vecsim.axes import replace_all
 from vecsim.plot import interactive
 from vecsim.sweep import report, spec
@@ -436,3 +436,21 @@ LOAD = sim.PoissonLoadGenerator()
 def test_what_the_tick_model_has_not_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("load", [LOAD, sim.ConcurrentLoadGenerator(target_concurrency=20, output_tokens=3)])
+@pytest.mark.parametrize("shortage", [2, 50, 10_000])
+def test_too_few_drawn_requests_are_drawn_again_and_change_nothing(load, shortage, monkeypatch):
+    named = cluster(3, sim.LeastOutstandingRouter(), load_generator=load)
+    whole = named.run(80)
+    needed = scenarios.requests_needed
+
+    def fewer(table, more):
+        return np.maximum(needed(table, 1.0) * min(more / shortage, 1.0), 1.0)
+
+    monkeypatch.setattr(scenarios, "requests_needed", fewer)
+    again = named.run(80)
+    assert again.metrics.identical(whole.metrics)
+    assert again.requests.identical(whole.requests)
+    swept = sim.sweep(named, 80, seed=[load.seed], workers=[2, 3], progress=False)
+    np.testing.assert_array_equal(swept.e2e.values[0, 1], whole.metrics.e2e.values)

@@ -429,7 +429,8 @@ class Router(NamedTuple):
 class RouterView(NamedTuple):
     """What a router of the user's own is given: its workers [worker], and the request.
 
-    It returns the place of one of them; where that could not hold the request, the first that could is chosen.
+    It returns the place of one of them; where that could not hold the request, the first that could is chosen. In the
+    tick model there are no prompts, memory and sessions: 0 is told of them, and no worker served a session before.
     """
 
     able: Array  # 1 where the worker could ever hold the request
@@ -444,7 +445,7 @@ class RouterView(NamedTuple):
     prompt_blocks: int
     bound: int  # worker that served the session before; below 0 if there is none
     request: int  # its number
-    now: float  # seconds
+    now: float  # seconds, or ticks
 
 
 class Split(NamedTuple):

@@ -107,7 +107,7 @@ def pass_over(t, step, begin, measured_from, limit, warmup):
     return t, step + made, begin, measured_from
 
 
-@bare
+@inlined
 def wake(worker, by, t, setting, scratch):
     """Bring an idle worker to its first boundary after the one at `t` of worker `by`; of one instant by number."""
     w = unsigned(worker)
@@ -122,7 +122,7 @@ def wake(worker, by, t, setting, scratch):
     counts[w, STEP], counts[w, MEASURED_FROM] = step, measured_from
 
 
-@bare
+@inlined
 def route(request, t, setting, scratch):
     """The worker for a request; draws and ties as in `vecsim.kernel.routing`. O(log workers)."""
     workers, code = setting.workers, setting.router
@@ -180,7 +180,7 @@ def route_own(request, t, setting, scratch):
     return whole(chosen) if 0 <= chosen < workers else whole(0)
 
 
-@bare
+@inlined
 def send(request, worker, scratch):
     """Put a request at the end of a worker's chain."""
     r, w = unsigned(request), unsigned(worker)
@@ -193,7 +193,7 @@ def send(request, worker, scratch):
     scratch.enqueued_at[r] = scratch.started_at[r] = scratch.first_token_at[r] = scratch.left_at[r] = np.inf
 
 
-@bare
+@inlined
 def create(by, t, missing, setting, scratch):
     """Have the missing requests of a closed loop come at a boundary of worker `by`; returns the status."""
     counts = scratch.counts
@@ -213,7 +213,7 @@ def create(by, t, missing, setting, scratch):
     return DONE
 
 
-@bare
+@inlined
 def go_on(worker, until, setting, output_tokens, scratch):
     """Process a worker's boundaries before a time; returns the status. O(1) a step and a request.
 
@@ -246,7 +246,8 @@ def go_on(worker, until, setting, output_tokens, scratch):
             break
         if measured_from < 0 and t >= warmup:
             begin, measured_from = t, step
-        if running == 0 and queued == 0 and due > t:
+        missing = target - (totals[CAME] - totals[GONE])  # of a closed loop
+        if running == 0 and queued == 0 and due > t and missing <= 0:
             if due == np.inf and until < time_limit:
                 break
             t, step, begin, measured_from = pass_over(t, step, begin, measured_from, min(due, until), warmup)
@@ -275,10 +276,12 @@ def go_on(worker, until, setting, output_tokens, scratch):
                 first_due = whole(started_step[unsigned(following[unsigned(had_first)])]) + chunks
 
         # Load
-        if target > 0 and target > totals[CAME] - totals[GONE]:
+        if target > 0:
+            missing = target - (totals[CAME] - totals[GONE])
+        if missing > 0:
             counts[w, ENDED], counts[w, IN_BATCH] = gone, running
             tree.put(scratch.loads, worker, float(counts[w, SENT] - gone))
-            status = create(worker, t, target - (totals[CAME] - totals[GONE]), setting, scratch)
+            status = create(worker, t, missing, setting, scratch)
             if status != DONE:
                 break
             next_request = following[unsigned(noticed)]
@@ -358,49 +361,48 @@ def go_on(worker, until, setting, output_tokens, scratch):
 
 
 @bare
-def first_goes_on(until, setting, output_tokens, scratch):
-    """`go_on` with the worker whose next boundary is the first. O(log workers)."""
-    worker = whole(tree.first(scratch.clocks))
-    w = unsigned(worker)
-    status = go_on(worker, until, setting, output_tokens, scratch)
-    idle = is_idle(scratch.counts, scratch.following, worker)
-    tree.put(scratch.clocks, worker, np.inf if idle else scratch.times[w, CLOCK])
-    tree.put(scratch.loads, worker, float(scratch.counts[w, SENT] - scratch.counts[w, ENDED]))
-    return status
-
-
-@bare
 def simulate_cluster(setting, output_tokens, scratch):
-    """Run one scenario; returns the status. `setting.available` requests of an open load are due."""
-    clocks, loads = scratch.clocks, scratch.loads
-    workers, time_limit = setting.workers, setting.time_limit
+    """Run one scenario; returns the status. `setting.available` requests of an open load are due.
+
+    What it calls is compiled into it, in one place each: to pass all these arrays on takes longer than a step.
+    """
+    clocks, loads, counts = scratch.clocks, scratch.loads, scratch.counts
+    workers, time_limit, due = setting.workers, setting.time_limit, setting.available
+    closed = setting.target > 0
+    blind = setting.router in (ROUND_ROBIN, RANDOM) or workers == 1
+    if closed:
+        tree.put(clocks, 0, 0.0)  # the boundary at which the first requests come
     status = DONE
-    if setting.target > 0:
-        # The first boundary is that of worker 0; all others at this instant come after it.
-        status = create(whole(-1), 0.0, setting.target, setting, scratch)
-        while status == DONE and clocks[1] < time_limit:
-            # Steps take a tick or more.
-            status = first_goes_on(clocks[1] + 0.5, setting, output_tokens, scratch)
-    elif setting.router in (ROUND_ROBIN, RANDOM) or workers == 1:
-        for request in range(setting.available):
-            send(request, route(request, 0.0, setting, scratch), scratch)
-        scratch.totals[CAME] = setting.available
-    else:
-        for request in range(setting.available):
-            t = scratch.arrived_at[unsigned(request)]
-            while status == DONE and clocks[1] < t:
-                status = first_goes_on(t, setting, output_tokens, scratch)
-            if status != DONE:
-                break
-            worker = route(request, t, setting, scratch)
+    sent = ended = whole(0)
+    while status == DONE:
+        if closed and clocks[1] < time_limit:
+            worker = whole(tree.first(clocks))
+            until = clocks[1] + 0.5  # one boundary: steps take a tick or more
+        elif not closed and sent < due and (blind or not clocks[1] < scratch.arrived_at[unsigned(sent)]):
+            t = scratch.arrived_at[unsigned(sent)]
+            worker = route(sent, t, setting, scratch)
             w = unsigned(worker)
-            send(request, worker, scratch)
-            scratch.totals[CAME] += 1
-            tree.put(clocks, worker, scratch.times[w, CLOCK])
-            tree.put(loads, worker, float(scratch.counts[w, SENT] - scratch.counts[w, ENDED]))
-    for worker in range(workers):
-        if status == DONE:
-            status = go_on(whole(worker), time_limit, setting, output_tokens, scratch)
+            send(sent, worker, scratch)
+            sent += 1
+            scratch.totals[CAME] = sent
+            if not blind:
+                tree.put(clocks, worker, scratch.times[w, CLOCK])
+                tree.put(loads, worker, float(counts[w, SENT] - counts[w, ENDED]))
+            continue
+        elif not closed and sent < due:
+            worker = whole(tree.first(clocks))
+            until = scratch.arrived_at[unsigned(sent)]
+        elif ended < workers:
+            worker = ended
+            until = time_limit
+            ended += 1
+        else:
+            break
+        status = go_on(worker, until, setting, output_tokens, scratch)
+        w = unsigned(worker)
+        idle = is_idle(counts, scratch.following, worker)
+        tree.put(clocks, worker, np.inf if idle else scratch.times[w, CLOCK])
+        tree.put(loads, worker, float(counts[w, SENT] - counts[w, ENDED]))
     return status
 
 
