@@ -188,15 +188,21 @@ def new_scratch(block: "Block", fleets: TickFleets, time_limit: float, longest: 
 
 
 def keep(
-    row: int, block: "Block", lengths: Any, instants: Array, job: Job, outcome: ClusterOutcome, results: Any
+    row: int,
+    block: "Block",
+    lengths: Any,
+    instants: Array,
+    scratch: ClusterScratch,
+    outcome: ClusterOutcome,
+    results: Any,
 ) -> None:
     """Write what is kept, besides metrics, of the scenario that was run last."""
     from vecsim.kernel.tick_cluster import write_cluster_queue, write_cluster_record
 
     if results.record.slot.shape[1] > 0:
-        write_cluster_record(row, block.scenarios, lengths, job, outcome, results.record)
+        write_cluster_record(row, block.scenarios, lengths, scratch, outcome, results.record)
     if instants.size > 0:
-        write_cluster_queue(row, instants, job, outcome, results.queue)
+        write_cluster_queue(row, instants, scratch, outcome, results.queue)
 
 
 def steps_of(

@@ -47,8 +47,8 @@ from vecsim.load import CLOSED, RENEWAL
 
 # Columns of the fleets and of their groups of workers, in the order of `vecsim.tick_fleets`; a rule is that of the
 # user's own, as its place among the table's, -1 if there is none
-FIRST_GROUP, GROUPS, WORKERS, ROUTER, ROUTER_RULE, FLEET_FIELDS = range(6)
-GROUP_WORKERS, GROUP_SLOTS, GROUP_BATCHER, GROUP_PARAMETER, GROUP_RULE, GROUP_FIELDS = range(6)
+FIRST_GROUP, GROUPS, WORKERS, ROUTER, ROUTER_RULE = range(5)
+GROUP_WORKERS, GROUP_SLOTS, GROUP_BATCHER, GROUP_PARAMETER, GROUP_RULE = range(5)
 
 # Columns of `scratch.counts` [worker]: slots; its batcher, and the address of a rule of the user's own; the step that
 # begins at the clock; requests in the batch, those of them in prefill, and those in the queue; step of the next first
