@@ -56,3 +56,13 @@ def least_waiting(view):
         ):
             best = worker
     return best
+
+
+@numba.njit
+def nobody(view):
+    return view.able.size
+
+
+@numba.njit
+def divides_by_none(view):
+    return 1 // int(view.prefill_blocks[0])

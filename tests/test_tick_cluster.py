@@ -269,6 +269,11 @@ def test_equal_workers_are_better_used_the_more_the_router_knows():
     assert least < two < random
 
 
+def test_a_router_that_chooses_no_worker_gets_the_first():
+    run = cluster(3, policies.nobody).run(50)
+    assert set(run.requests.worker.values) == {0}
+
+
 def test_queue_growth_tells_how_many_workers_a_load_needs():
     load = sim.RequestRateLoadGenerator(request_rate=0.9, output_tokens=20)
     grown = sim.queue_growth(cluster(1, load_generator=load), 300, 6000, workers=[2, 4, 8], progress=False)
@@ -430,6 +435,10 @@ LOAD = sim.PoissonLoadGenerator()
         (
             lambda: cluster(2, batcher=policies.divides).run(100),
             "rule divides raised ZeroDivisionError: .*division by zero",
+        ),
+        (
+            lambda: sim.sweep(cluster(2), 100, router=[policies.nobody, policies.divides_by_none], progress=False),
+            "rule nobody or divides_by_none raised ZeroDivisionError: .*division by zero",
         ),
     ],
 )
