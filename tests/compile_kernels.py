@@ -21,6 +21,9 @@ def ticks():
     )
     for keep in ("requests", "queue"):
         sim.sweep(apart, 10, keep=keep, progress=False)
+    pool = sim.Pool(batcher=sim.IFBatcher(), step_time=sim.TickStepTime())
+    for keep in ("requests", "queue"):
+        sim.sweep(sim.Cluster(pool=pool, load_generator=engine.load_generator), 10, keep=keep, progress=False)
     address_of(simulate_fleet, (WORLD,), COUNT)  # calls what the other process compiles
 
 

@@ -41,3 +41,28 @@ def all_queued(batch):
 @numba.njit
 def divides(batch):
     return 1 // batch.decoding
+
+
+@numba.njit
+def least_waiting(view):
+    """A router that depends on what it is told of the tick model."""
+    workers = view.able.size
+    if int(view.now) % 2:
+        return view.request % workers
+    best = 0
+    for worker in range(1, workers):
+        if view.waiting[worker] < view.waiting[best] or (
+            view.waiting[worker] == view.waiting[best] and view.running[worker] > view.running[best]
+        ):
+            best = worker
+    return best
+
+
+@numba.njit
+def nobody(view):
+    return view.able.size
+
+
+@numba.njit
+def divides_by_none(view):
+    return 1 // int(view.prefill_blocks[0])

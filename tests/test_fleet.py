@@ -323,7 +323,7 @@ def test_the_queue_of_a_fleet_is_that_of_all_its_workers_and_all_of_it_is_drawn(
         (lambda: sim.Cluster(pool=(), load_generator=LOAD), "pool must have a worker, got none"),
         (
             lambda: sim.Cluster(pool=sim.Pool(step_time=sim.TickStepTime()), load_generator=LOAD),
-            "step_time of a pool must be in seconds, got TickStepTime",
+            "prompt_tokens must be left out where step_time is TickStepTime",
         ),
     ],
 )

@@ -13,6 +13,7 @@ from vecsim.overheads import Overheads
 from vecsim.roofline import RooflineStepTime
 from vecsim.routing import (
     ROUTERS,
+    TICK_ROUTERS,
     AnyRouter,
     CustomRouter,
     KVAwareRouter,
@@ -44,7 +45,7 @@ class Pool(Declaration, frozen=True, kw_only=True):
     batcher : Batcher
         Who is let into the running batch.
     step_time : StepTime
-        How long a step takes [seconds].
+        How long a step takes [seconds, or ticks with `TickStepTime`].
     kv_cache : KVCache, optional
         KV memory of each; endless unless given.
     max_model_len : int, optional
@@ -80,7 +81,7 @@ class Pool(Declaration, frozen=True, kw_only=True):
         Raises
         ------
         ValueError
-            When it is no engine in seconds, or there is no worker.
+            When it is no engine, or there is no worker.
         """
         if not isinstance(engine, Engine):
             raise ValueError(f"engine must be an Engine, got {shown(engine)}")
@@ -160,14 +161,23 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
 
     def _check_pools(self) -> None:
         """Refuse pools that can't make up one fleet."""
-        if any(isinstance(pool.step_time, TickStepTime) for pool in self.pools):
-            raise ValueError("step_time of a pool must be in seconds, got TickStepTime")
+        ticks = [isinstance(pool.step_time, TickStepTime) for pool in self.pools]
+        if any(ticks) and not all(ticks):
+            raise ValueError("step_time must be TickStepTime in all pools, or in none: ticks aren't seconds")
+        if any(ticks):
+            self._check_ticks()
         self.engines()  # refuses what an engine would
         if len({router.rule for router in self.routers() if isinstance(router, CustomRouter)}) > 1:
             raise ValueError("router and prefill_router must have the same rule of one's own, got two")
         sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
         if len(sizes) > 1:
             raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
+
+    def _check_ticks(self) -> None:
+        """Refuse what this fleet can't be in the tick model."""
+        raise ValueError(
+            "step_time of a pool must be in seconds, got TickStepTime: in ticks there is TickDisaggregatedEngine"
+        )
 
     def engines(self) -> tuple[Engine, ...]:
         """A worker of each pool as an engine alone."""
@@ -177,6 +187,10 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
     def workers(self) -> int:
         """Workers of all pools."""
         return sum(pool.workers for pool in self.pools)
+
+    def slots(self) -> list[int]:
+        """Slots of each worker."""
+        return [pool.max_batch_size for pool in self.pools for _ in range(pool.workers)]
 
     @property
     def max_batch_size(self) -> int:
@@ -197,7 +211,7 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
     @property
     def is_token(self) -> bool:
         """Whether this is the token model."""
-        return True
+        return not any(isinstance(pool.step_time, TickStepTime) for pool in self.pools)
 
     def run(
         self, time_limit: float | None = None, *, warmup: float = 0.0, quantiles: "Sequence[float] | None" = None
@@ -232,6 +246,19 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
     """Workers behind a router, each of which does prefill and decode.
 
     Metrics are those of all workers together; `max_queue` and `kv_peak` those of the worker with the most.
+
+    With `TickStepTime` in its pools it is a cluster of the tick model: each worker is an engine of that model with a
+    clock of its own; idle ones make steps of a tick. A request that is due is routed by how the workers are after all
+    their boundaries before that instant. Its worker notices it at its first boundary from then on: its `enqueued_at`.
+
+    A closed loop keeps `target_concurrency` requests in the whole cluster. Boundaries follow one another by time, those
+    of one instant by the number of the worker. At each, after those that end there have left, as many requests as are
+    missing come and are routed one by one. That worker notices its own at once, others theirs at their next boundary.
+
+    Metrics are those of an `Engine`; `mean_queue` is the sum of the workers', each over its own boundaries, `steps` are
+    those of all, and `end_time` is the latest. A request that no boundary noticed before the end hasn't arrived yet; it
+    has no `enqueued_at`. `slot` is a place in the batch of its worker. Routers there are `RoundRobinRouter`,
+    `RandomRouter`, `LeastOutstandingRouter`, `PowerOfTwoRouter` and `CustomRouter` (0 is all it is told of memory).
 
     Parameters
     ----------
@@ -274,6 +301,13 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
     def routers(self) -> tuple[AnyRouter, ...]:
         """All routers."""
         return (self.router,)
+
+    def _check_ticks(self) -> None:
+        if not isinstance(self.router, TICK_ROUTERS):
+            raise ValueError(f"router {type(self.router).__name__} needs a step_time in seconds, got TickStepTime")
+        latency = getattr(self.router, "event_latency", 0.0)
+        if latency != 0.0:
+            raise ValueError(f"router.event_latency means nothing in the tick model, got {latency!r}")
 
     def kernel(self) -> dict[str, float]:
         """What the kernel is told besides the pools, in the order of its numbers."""

@@ -210,7 +210,7 @@ def _parts(requests: "xr.Dataset", names: tuple[str, ...], parts: Array, name: s
     )
 
 
-def _variable(dims: tuple[str, ...], values: Any, long_name: str, units: str) -> "xr.Variable":
+def labelled(dims: tuple[str, ...], values: Any, long_name: str, units: str) -> "xr.Variable":
     import xarray as xr
 
     return xr.Variable(dims, values, {"long_name": long_name, "units": units})
@@ -243,12 +243,12 @@ def links_dataset(path: Path, requests: "xr.Dataset", time: float, prefill_worke
     dims = ("link",)
     return xr.Dataset(
         {
-            "bandwidth": _variable(dims, bandwidth, "bandwidth", "B/s"),
-            "moved": _variable(dims, moved, "bytes moved after their prefill", "B"),
-            "busy": _variable(dims, path.busy[kept], "time with a transfer", "s"),
-            "use": _variable(dims, use, "share of the bandwidth in use", "1"),
-            "transfers": _variable(dims, transfers, "transfers that have ended", "transfers"),
-            "mean_transfer_time": _variable(dims, mean, "mean transfer time, set-up to notice", "s"),
+            "bandwidth": labelled(dims, bandwidth, "bandwidth", "B/s"),
+            "moved": labelled(dims, moved, "bytes moved after their prefill", "B"),
+            "busy": labelled(dims, path.busy[kept], "time with a transfer", "s"),
+            "use": labelled(dims, use, "share of the bandwidth in use", "1"),
+            "transfers": labelled(dims, transfers, "transfers that have ended", "transfers"),
+            "mean_transfer_time": labelled(dims, mean, "mean transfer time, set-up to notice", "s"),
         },
         {"link": names},
     )
@@ -297,29 +297,29 @@ def workers_dataset(
     with np.errstate(invalid="ignore", divide="ignore"):
         return xr.Dataset(
             {
-                "pool": _variable(dims, np.repeat(np.arange(len(pools)), pools), "number of the pool", ""),
-                "requests": _variable(dims, sent, "requests sent there", "requests"),
-                "steps": _variable(dims, np.bincount(worker, minlength=number), "steps", "1"),
-                "busy": _variable(dims, busy, "time in steps", "s"),
-                "utilization": _variable(dims, busy / time, "share of the time in steps", "1"),
-                "prefill_tokens": _variable(
+                "pool": labelled(dims, np.repeat(np.arange(len(pools)), pools), "number of the pool", ""),
+                "requests": labelled(dims, sent, "requests sent there", "requests"),
+                "steps": labelled(dims, np.bincount(worker, minlength=number), "steps", "1"),
+                "busy": labelled(dims, busy, "time in steps", "s"),
+                "utilization": labelled(dims, busy / time, "share of the time in steps", "1"),
+                "prefill_tokens": labelled(
                     dims, of_each(row(rows.STEP_PREFILL_TOKENS)), "prompt tokens computed", "tokens"
                 ),
-                "decode_tokens": _variable(dims, of_each(row(rows.STEP_DECODES)), "tokens decoded", "tokens"),
-                "prompt_tokens": _variable(dims, prompts, "prompt tokens looked up in the cache", "tokens"),
-                "hit_tokens": _variable(dims, hits, "of these, tokens found", "tokens"),
-                "prefix_hit_rate": _variable(dims, hits / prompts, "prefix hit rate", "1"),
-                "batch_size": _variable(
+                "decode_tokens": labelled(dims, of_each(row(rows.STEP_DECODES)), "tokens decoded", "tokens"),
+                "prompt_tokens": labelled(dims, prompts, "prompt tokens looked up in the cache", "tokens"),
+                "hit_tokens": labelled(dims, hits, "of these, tokens found", "tokens"),
+                "prefix_hit_rate": labelled(dims, hits / prompts, "prefix hit rate", "1"),
+                "batch_size": labelled(
                     dims, of_each(row(rows.STEP_RUNNING) * lasts) / busy, "mean requests", "requests"
                 ),
-                "mean_queue": _variable(
+                "mean_queue": labelled(
                     dims, of_each(row(rows.STEP_QUEUE) * lasts) / busy, "mean queue in steps", "requests"
                 ),
-                "max_queue": _variable(dims, most(rows.STEP_QUEUE), "largest queue in a step", "requests"),
-                "kv_use": _variable(
+                "max_queue": labelled(dims, most(rows.STEP_QUEUE), "largest queue in a step", "requests"),
+                "kv_use": labelled(
                     dims, of_each(row(rows.STEP_USED) * lasts) / busy / room, "mean share of KV memory in steps", "1"
                 ),
-                "kv_peak": _variable(dims, most(rows.STEP_USED) / room, "largest share of KV memory in a step", "1"),
+                "kv_peak": labelled(dims, most(rows.STEP_USED) / room, "largest share of KV memory in a step", "1"),
             },
             {"worker": np.arange(number)},
         )
@@ -371,15 +371,15 @@ def workers_over_time(
     dims = ("worker", "time")
     return xr.Dataset(
         {
-            "utilization": _variable(dims, means(np.ones(steps.times.shape[1])), "share of the time in steps", "1"),
-            "prefilling": _variable(dims, means(steps.counts[rows.STEP_PREFILLS]), "prefilling requests", "requests"),
-            "decoding": _variable(dims, means(steps.counts[rows.STEP_DECODES]), "decoding requests", "requests"),
-            "running": _variable(dims, means(steps.counts[rows.STEP_RUNNING]), "running requests", "requests"),
-            "queue_size": _variable(dims, means(steps.counts[rows.STEP_QUEUE]), "queue size", "requests"),
-            "kv_use": _variable(dims, means(steps.counts[rows.STEP_USED]) / room, "share of KV memory in use", "1"),
+            "utilization": labelled(dims, means(np.ones(steps.times.shape[1])), "share of the time in steps", "1"),
+            "prefilling": labelled(dims, means(steps.counts[rows.STEP_PREFILLS]), "prefilling requests", "requests"),
+            "decoding": labelled(dims, means(steps.counts[rows.STEP_DECODES]), "decoding requests", "requests"),
+            "running": labelled(dims, means(steps.counts[rows.STEP_RUNNING]), "running requests", "requests"),
+            "queue_size": labelled(dims, means(steps.counts[rows.STEP_QUEUE]), "queue size", "requests"),
+            "kv_use": labelled(dims, means(steps.counts[rows.STEP_USED]) / room, "share of KV memory in use", "1"),
         },
         {
             "worker": np.arange(sum(pools)),
-            "time": _variable(("time",), (edges[:-1] + edges[1:]) / 2, "middle of the interval", "s"),
+            "time": labelled(("time",), (edges[:-1] + edges[1:]) / 2, "middle of the interval", "s"),
         },
     )

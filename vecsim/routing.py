@@ -167,3 +167,6 @@ ROUTERS = (
     OverlapRouter,
     CustomRouter,
 )
+
+# Those that go by what the tick model has too
+TICK_ROUTERS = (RoundRobinRouter, RandomRouter, LeastOutstandingRouter, PowerOfTwoRouter, CustomRouter)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.axes import Plan
-from vecsim.fleet import AnyEngine, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
+from vecsim.fleet import AnyEngine, Cluster, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
-from vecsim.kernel.state import ApartScratch, Outcome, Scratch, StepRecord
+from vecsim.kernel.state import ApartScratch, ClusterOutcome, ClusterScratch, Outcome, Scratch, StepRecord
 from vecsim.measure import check_quantiles, check_times
 from vecsim.paths import (
     HOP_TIME,
@@ -28,6 +28,7 @@ from vecsim.paths import (
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, Single, simulate_one
 from vecsim.sweep.report import has_slo
+from vecsim.tick_fleets import present, steps_of, tick_workers, tick_workers_over_time
 from vecsim.transfer import KVTransfer
 from vecsim.variables import (
     APART_REQUEST_VARIABLES,
@@ -63,9 +64,10 @@ class Run:
     `hit_tokens`, `preempted`, `refused` and `class_number` instead of `enqueued_at` and `slot`, and steps
     `prefill_tokens`, `kv_blocks` and `running` too. `ttft_parts` has what the time to first token is made of.
 
-    Of fleets requests and steps have their `worker`, and there are `workers` and `workers_over_time`. Where prefill is
-    kept apart requests have the way they went (`prefill_worker`, `remote`, `reserved_at`, `prefilled_at`,
-    `transfer_began_at`, `transfer_time`, `hop_time` and more), and there are `transfer_parts` and `links`.
+    Of fleets requests and steps have their `worker`, and there are `workers` and `workers_over_time`; a `slot` is that
+    worker's. Where prefill is kept apart requests have the way they went (`prefill_worker`, `remote`, `reserved_at`,
+    `prefilled_at`, `transfer_began_at`, `transfer_time`, `hop_time` and more), and there are `transfer_parts` and
+    `links`.
     """
 
     def __init__(
@@ -179,6 +181,8 @@ class Run:
         ValueError
             When it is no fleet.
         """
+        if isinstance(self.engine, Cluster) and not self.engine.is_token:
+            return tick_workers(self.steps, self.requests, self.engine, float(self.metrics.end_time))
         steps, pools, blocks = self._of_workers("workers")
         return workers_dataset(steps, self.requests, pools, blocks, float(self.metrics.end_time))
 
@@ -194,7 +198,8 @@ class Run:
         -------
         xarray.Dataset
             Means over each interval of `utilization`, `prefilling`, `decoding`, `running`, `queue_size`, `kv_use`; a
-            worker counts as empty between its steps.
+            worker counts as empty between its steps. In the tick model `utilization` is the share of the time with a
+            request in the batch, and there is no `kv_use`.
 
         Raises
         ------
@@ -203,6 +208,9 @@ class Run:
         """
         if not isinstance(intervals, Integral) or isinstance(intervals, bool) or intervals < 1:
             raise ValueError(f"intervals must be a whole number >= 1, got {intervals!r}")
+        if isinstance(self.engine, Cluster) and not self.engine.is_token:
+            end_time = float(self.metrics.end_time)
+            return tick_workers_over_time(self.steps, self.engine.workers, end_time, int(intervals))
         steps, pools, blocks = self._of_workers("workers_over_time")
         return workers_over_time(steps, pools, blocks, float(self.metrics.end_time) or 1.0, int(intervals))
 
@@ -228,6 +236,8 @@ class Run:
             variables, steps = self._token_steps()
         elif isinstance(self.engine, TickDisaggregatedEngine):
             variables, steps = self._apart_steps()
+        elif isinstance(self.engine, Cluster):
+            variables, steps = self._cluster_steps()
         else:
             variables, steps = self._tick_steps()
         return xr.Dataset(
@@ -258,21 +268,27 @@ class Run:
         first = started + self.engine.load_generator.total_prefill_chunks
         ended = first + self._single.record.output_tokens[0, : outcome.started] - 1
 
-        def count(entered: np.ndarray, left: np.ndarray) -> np.ndarray:
-            """How many are in a state at each step, from the boundaries at which they enter and leave it."""
-            change = np.bincount(entered[entered < steps], minlength=steps)
-            change -= np.bincount(left[left < steps], minlength=steps)
-            return np.cumsum(change)
-
         values = {
             "time": scratch.time[:steps],
             "duration": np.diff(scratch.time[: steps + 1]),
-            "queue_size": count(scratch.enqueued_step[: outcome.enqueued], started),
-            "prefilling": count(started, first),
-            "decoding": count(first, ended),
+            "queue_size": present(scratch.enqueued_step[: outcome.enqueued], started, steps),
+            "prefilling": present(started, first, steps),
+            "decoding": present(first, ended, steps),
         }
         variables = {variable.name: describe(variable, ("step",), values[variable.name]) for variable in STEP_VARIABLES}
         return variables, steps
+
+    def _cluster_steps(self) -> tuple[dict[str, Any], int]:
+        """(variables of the steps of all workers of a cluster in ticks, how many there are)."""
+        outcome, scratch = self._single.outcome, self._single.scratch
+        assert isinstance(outcome, ClusterOutcome)
+        assert isinstance(scratch, ClusterScratch)
+        lengths = self._single.record.output_tokens[0]
+        values, steps = steps_of(scratch, outcome, lengths, self.engine.load_generator)
+        return {
+            variable.name: describe(variable, ("step",), values[variable.name])
+            for variable in (*STEP_VARIABLES, *FLEET_STEP_VARIABLES)
+        }, steps
 
     def _apart_steps(self) -> tuple[dict[str, Any], int]:
         """(times between changes of a disaggregated engine in ticks, how many there are)."""
@@ -316,12 +332,13 @@ class Run:
         if self.engine.is_token:
             return self._token_rows()
         mean = {name: float(metrics[name].sel(stat="mean")) for name in ("e2e", "ttft", "itl")}
+        each = "" if isinstance(self.engine, Fleet) else "/instance"
         return [
             ("Average E2E Latency", f"{mean['e2e']:.2f}"),
             ("Average TTFT", f"{mean['ttft']:.2f}"),
             ("Average ITL", f"{mean['itl']:.2f}"),
-            ("Requests/(1K ticks)/instance", f"{float(metrics.request_throughput):.2f}"),
-            ("Tokens/(1K ticks)/instance", f"{float(metrics.token_throughput):.2f}"),
+            (f"Requests/(1K ticks){each}", f"{float(metrics.request_throughput):.2f}"),
+            (f"Tokens/(1K ticks){each}", f"{float(metrics.token_throughput):.2f}"),
             ("Final Queue Size", f"{int(metrics.final_queue)}"),
             ("Completed Requests", f"{int(metrics.completed)} of {int(metrics.arrived)}"),
             ("Slot Utilization", f"{100 * float(metrics.utilization):.1f} %"),

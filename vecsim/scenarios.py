@@ -10,7 +10,7 @@ import numpy as np
 from vecsim.axes import Plan, replace_all
 from vecsim.batching import BATCHERS, CustomBatcher, IFBatcherWithOnePrefillOnly
 from vecsim.engine import Engine
-from vecsim.fleet import Fleet, TickDisaggregatedEngine
+from vecsim.fleet import Cluster, Fleet, TickDisaggregatedEngine
 from vecsim.kernel.state import (
     EXPONENTIAL_DRAWS,
     GAMMA_DRAWS,
@@ -23,6 +23,7 @@ from vecsim.kernel.state import (
 )
 from vecsim.lengths import DRAWS, SEQUENCE
 from vecsim.load import AT_ONCE, CLOSED, EVENLY, OUTPUT, PIECEWISE, RENEWAL, TRACED, Stream
+from vecsim.tick_fleets import TickFleets, cluster_columns
 from vecsim.token_scenarios import (
     TOKEN_COLUMNS,
     TokenTables,
@@ -50,7 +51,7 @@ COLUMNS = {
 }
 INTEGERS = (
     *("batcher", "max_batch_size", "decode_workers", "total_prefill_chunks", "arrivals", "requests", "seed", "offset"),
-    "functions",
+    *("functions", "fleet", "workers"),
 )
 
 # The drawn streams of a block stay within this, unless one alone is larger.
@@ -75,6 +76,7 @@ class Table(NamedTuple):
     streams: int  # of lengths that a scenario has
     time_limit: float
     token: TokenTables | None  # what the scenarios of the token model share; None in the tick model
+    clusters: TickFleets | None  # of the tick model; None if it's of engines
 
     @property
     def size(self) -> int:
@@ -103,6 +105,7 @@ def lower(plan: Plan, time_limit: float) -> Table:
 
     # Axes over components and their inner fields: one declaration for each combination.
     token = TokenTables() if plan.engine.is_token else None
+    clusters = TickFleets() if isinstance(plan.engine, Cluster) and token is None else None
     fast = COLUMNS if token is None else TOKEN_COLUMNS
     fast = {axis.path: fast[axis.path] for axis in plan.axes if axis.path in fast and axis.values.dtype != object}
     inner = [axis for axis in plan.axes if axis.path not in fast]
@@ -118,7 +121,7 @@ def lower(plan: Plan, time_limit: float) -> Table:
         if engine.is_token != (token is not None):
             raise ValueError("step_time must be TickStepTime throughout a sweep, or nowhere: ticks aren't seconds")
         if token is None:
-            rows.append(parameters(engine, tables, rules))
+            rows.append(parameters(engine, tables, rules, clusters))
         else:
             make = fleet_parameters if isinstance(engine, Fleet) else token_parameters
             streams, row = make(engine, time_limit, token, rules)
@@ -183,6 +186,7 @@ def lower(plan: Plan, time_limit: float) -> Table:
         streams=kinds,
         time_limit=time_limit,
         token=token,
+        clusters=clusters,
     )
 
 
@@ -204,28 +208,33 @@ def stream_columns(k: int, stream: Stream, tables: dict[Any, int]) -> dict[str, 
 
 
 def parameters(
-    engine: Engine | TickDisaggregatedEngine, tables: dict[Any, int], rules: dict[Any, int]
+    engine: Engine | Cluster | TickDisaggregatedEngine,
+    tables: dict[Any, int],
+    rules: dict[Any, int],
+    clusters: TickFleets | None,
 ) -> dict[str, Any]:
     """One row of the table.
 
-    Empirical lengths are appended to `tables` (values -> place of the first), the user's own rules to `rules`.
+    Empirical lengths are appended to `tables` (values -> place of the first), the user's own rules to `rules`, and a
+    cluster to `clusters`.
     """
     load = engine.load_generator
-    batcher = engine.batcher if isinstance(engine, Engine) else None
-    number, parameter, decode_workers = 0, 0.0, 0
-    if isinstance(engine, TickDisaggregatedEngine):
-        slots, decode_workers = engine.max_prefill_workers, engine.max_decode_workers
+    row: dict[str, Any] = {"batcher": 0, "parameter": 0.0, "decode_workers": 0, "workers": 1, "fleet": -1}
+    if isinstance(engine, Cluster):
+        assert clusters is not None
+        row |= cluster_columns(engine, clusters)
+    elif isinstance(engine, TickDisaggregatedEngine):
+        row |= {"max_batch_size": engine.max_prefill_workers, "decode_workers": engine.max_decode_workers}
     else:
-        slots = engine.max_batch_size
-    if isinstance(batcher, CustomBatcher):
-        number, parameter = len(BATCHERS) + rules.setdefault(batcher.rule, len(rules)), batcher.parameter
-    elif batcher is not None:
-        number = BATCHERS.index(type(batcher))
+        batcher = engine.batcher
+        row["max_batch_size"] = engine.max_batch_size
+        if isinstance(batcher, CustomBatcher):
+            row["batcher"] = len(BATCHERS) + rules.setdefault(batcher.rule, len(rules))
+            row["parameter"] = batcher.parameter
+        else:
+            row["batcher"] = BATCHERS.index(type(batcher))
     return {
-        "batcher": number,
-        "parameter": parameter,
-        "max_batch_size": slots,
-        "decode_workers": decode_workers,
+        **row,
         "prefill_time": load.prefill_time,
         "itl": load.itl,
         "total_prefill_chunks": load.total_prefill_chunks,
@@ -292,7 +301,7 @@ def requests_needed(table: Table, more: float) -> Array:
     served = 1.1 * slots * (time_limit + 1.0) / (columns["total_prefill_chunks"] + columns["mean0"] - 1.0)
     one_at_a_time = (time_limit + 1.0) / columns["total_prefill_chunks"] + 1.0
     one_prefill = columns["batcher"] == BATCHERS.index(IFBatcherWithOnePrefillOnly)
-    served = np.where(one_prefill, np.minimum(served, one_at_a_time), served)
+    served = np.where(one_prefill, np.minimum(served, columns["workers"] * one_at_a_time), served)
     # Of a disaggregated engine, as many as either pool can serve
     decodes = columns["decode_workers"] * (time_limit + 1.0) / np.maximum(columns["mean0"] - 1.0, 1e-9)
     apart = 1.1 * np.minimum(decodes, slots * one_at_a_time)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vecsim import memory
+from vecsim import memory, tick_fleets
 from vecsim.kernel.state import (
     DONE,
     INTERRUPTED,
@@ -15,6 +15,8 @@ from vecsim.kernel.state import (
     ApartOutcome,
     ApartScratch,
     Array,
+    ClusterOutcome,
+    ClusterScratch,
     Job,
     Outcome,
     Record,
@@ -29,10 +31,13 @@ from vecsim.threads import INLINE, Workers, available_threads
 from vecsim.token_simulate import check_token_memory, keeps_apart, run_token_block
 from vecsim.variables import row_width
 
+AnyOutcome = Outcome | ApartOutcome | ClusterOutcome
+AnyScratch = Scratch | ApartScratch | ClusterScratch
+
 NOTHING = np.empty(0)
 
 BYTES_PER_REQUEST = 120  # of a thread's scratch
-BYTES_PER_RECORD = 140  # of a run's record, and of what it is made with
+BYTES_PER_RECORD = 148  # of a run's record, and of what it is made with
 BYTES_PER_STEP = 24
 
 
@@ -45,7 +50,9 @@ class Results(NamedTuple):
     record: Any  # `Record` or `TokenRecord` [scenario, request], of no request if not kept
 
     @classmethod
-    def empty(cls, token: bool, scenarios: int, metrics: int, instants: int = 0, requests: int = 0) -> "Results":
+    def empty(
+        cls, token: bool, scenarios: int, metrics: int, instants: int = 0, requests: int = 0, fleet: bool = False
+    ) -> "Results":
         """Room for results; nothing has happened yet to any request."""
         shape = scenarios, requests
         record: Any = (
@@ -59,6 +66,7 @@ class Results(NamedTuple):
                 completed_at=np.full(shape, np.nan),
                 output_tokens=np.zeros(shape, np.int64),
                 slot=np.full(shape, -1, np.int64),
+                worker=np.full((scenarios, requests if fleet else 0), -1, np.int64),
             )
         )
         queue = np.empty((scenarios, instants), np.int64)
@@ -72,8 +80,8 @@ class Results(NamedTuple):
             record = type(self.record)(*(array[part] for array in self.record))
             return Results(self.metrics[part], self.enqueued[part], self.queue[part], record)
         token = isinstance(self.record, TokenRecord)
-        requests = self.record.arrived_at.shape[1]
-        return Results.empty(token, size, self.metrics.shape[1], self.queue.shape[1], requests)
+        requests, fleet = self.record.arrived_at.shape[1], self.record.worker.shape[1] > 0
+        return Results.empty(token, size, self.metrics.shape[1], self.queue.shape[1], requests, fleet)
 
     def put(self, rows: Array, part: "Results", done: Array) -> None:
         """Take over what is done of the results of some rows, if it isn't there already."""
@@ -88,8 +96,8 @@ class Single(NamedTuple):
 
     metrics: Array  # [metric]
     record: Any  # `Record` or `TokenRecord` [1, request]
-    outcome: Outcome | ApartOutcome | None  # of the tick model
-    scratch: Scratch | ApartScratch | None
+    outcome: AnyOutcome | None  # of the tick model
+    scratch: AnyScratch | None
     steps: StepRecord | None  # of the token model
     path: Path | None = None  # of a fleet that keeps prefill apart
 
@@ -136,7 +144,7 @@ def simulate(
         # The first pass has told how many requests there are.
         most = int(results.enqueued.max())
         check_memory(table, 8 * (width + 21 * most) * table.size, threads)
-        results = Results.empty(token, table.size, own_width, instants, most)
+        results = Results.empty(token, table.size, own_width, instants, most, table.clusters is not None)
         _run(table, measured, results, workers, lambda done: None)
     return results
 
@@ -156,10 +164,11 @@ def simulate_one(table: Table, measured: Measured) -> Single:
     while True:
         check_memory(table, BYTES_PER_RECORD * float(np.max(requests_needed(table, more))), 1, more)
         block = next(blocks(table, np.zeros(1, np.int64), more))
-        results = Results.empty(False, 1, measured.width(table), requests=block.most_requests)
+        fleet = table.clusters is not None
+        results = Results.empty(False, 1, measured.width(table), requests=block.most_requests, fleet=fleet)
         status, outcome, scratch = _run_block(table, block, measured, results, workers)
         if status[0] == DONE and outcome is not None:
-            record = Record(*(array[:, : outcome.enqueued] for array in results.record))
+            record = Record(*(array[:, : int(results.enqueued[0])] for array in results.record))
             return Single(results.metrics[0], record, outcome, scratch, None)
         more *= 2.0
 
@@ -210,13 +219,13 @@ def _run_block(
     results: Results,
     workers: Workers,
     progress: Callable[[int], Any] = lambda done: None,
-) -> tuple[Array, Outcome | ApartOutcome | None, Scratch | ApartScratch]:
+) -> tuple[Array, AnyOutcome | None, AnyScratch]:
     """Draw a block's streams and run its scenarios.
 
     Returns the status of each, and, if requests are recorded, outcome and scratch of one that was run last.
     """
-    apart = bool(block.scenarios.decode_workers[0] > 0)
-    run_scenarios = _kernel(apart)
+    apart, clusters = bool(block.scenarios.decode_workers[0] > 0), table.clusters
+    run_scenarios = clusters.kernel() if clusters is not None else _kernel(apart)
     lengths, arrivals = draw_streams(table, block, NOTHING, workers)
     size = block.rows.size
     status = np.full(size, INTERRUPTED, np.int64)
@@ -225,8 +234,12 @@ def _run_block(
 
     def scratch() -> Any:
         if not hasattr(own, "scratch"):
-            longest = int(lengths.longest.max())
-            made = _new_apart_scratch(block) if apart else _new_scratch(block, table.time_limit, longest)
+            if clusters is not None:
+                made: Any = tick_fleets.new_scratch(block, clusters, table.time_limit, lengths.longest)
+            elif apart:
+                made = _new_apart_scratch(block)
+            else:
+                made = _new_scratch(block, table.time_limit, int(lengths.longest.max()))
             own.scratch = latest["scratch"] = made
         return own.scratch
 
@@ -245,7 +258,7 @@ def _run_block(
             workers.stop,
         )
 
-    def run_some(first: int, last: int) -> Outcome | ApartOutcome:
+    def run_some(first: int, last: int) -> AnyOutcome:
         for rule, begin, end in same_rule(block.own, first, last):
             outcome = kernels[rule](begin, end, job())
         return outcome
@@ -261,8 +274,11 @@ def _run_block(
     keeps_requests, keeps_queue = results.record.slot.shape[1] > 0, measured.instants.size > 0
     run = run_and_record if keeps_requests or keeps_queue else run_some
     cost = size * (table.time_limit + block.most_requests)
+    if clusters is not None:
+        cost += table.time_limit * float(clusters.workers[block.scenarios.fleet].sum() - size)
     # A user's own rule may take any time: always on threads, where it can be interrupted.
-    workers.share(run, size, max(cost, INLINE) if table.rules else cost, progress)
+    own_rules = table.rules or (clusters is not None and clusters.rules)
+    workers.share(run, size, max(cost, INLINE) if own_rules else cost, progress)
     return status, latest["outcome"], latest["scratch"]
 
 
@@ -280,6 +296,9 @@ def _kernel(apart: bool) -> Any:
 def _keep(row: int, block: Block, lengths: Any, instants: Array, scratch: Any, outcome: Any, results: Results) -> None:
     """Write what is kept, besides metrics, of the scenario that was run last."""
     keeps_requests, keeps_queue = results.record.slot.shape[1] > 0, instants.size > 0
+    if isinstance(outcome, ClusterOutcome):
+        tick_fleets.keep(row, block, lengths, instants, scratch, outcome, results)
+        return
     if isinstance(outcome, Outcome):
         from vecsim.kernel.record import write_queue, write_record
 
@@ -390,11 +409,16 @@ def check_memory(table: Table, results: float, threads: int, more: float = 1.0) 
     requests = float(np.max(requests_needed(table, more)))
     streams = max(BLOCK_BYTES, 12.0 * requests)
     scratches = threads + bool(table.rules)
-    working = scratches * (BYTES_PER_REQUEST * requests + BYTES_PER_STEP * table.time_limit)
+    steps = BYTES_PER_STEP * table.time_limit
+    if table.clusters is not None:
+        steps = tick_fleets.worker_bytes(table.clusters, table.columns, table.time_limit)
+    working = scratches * (BYTES_PER_REQUEST * requests + steps)
     working += threads * 8.0 * float(table.lengths.offset.max())
     total = results + columns + working + streams
     if table.size > 1 and results + columns >= working + streams:
         memory.require_results(table.size, total / table.size)
     else:
         largest = f"{requests:.3g} requests and {table.time_limit:.3g} ticks in one scenario"
+        if table.clusters is not None:
+            largest += f" of {table.clusters.workers.max():,} workers"
         memory.require(total, largest, "a shorter time_limit, a lower load or fewer threads")

@@ -1,5 +1,6 @@
 """The kernels: what a step and a request cost, beside the reference's way."""
 
+import vecsim as sim
 from suite import cases
 
 
@@ -56,3 +57,25 @@ class OwnRule:
         return cases.own_rule_speed(sweep, rule, 1 if cases.TINY else 10)
 
     track_speed.unit = "x the built-in batcher"
+
+
+class Replicas:
+    """The cost of a request to a cluster in ticks, whose workers are half busy however many there are."""
+
+    params = [[1, 8, 64, 512], ["RoundRobinRouter", "LeastOutstandingRouter"]]
+    param_names = ["workers", "router"]
+
+    def setup(self, workers, router):
+        pool = sim.Pool(workers=workers, max_batch_size=16, batcher=cases.IFB, step_time=sim.TickStepTime())
+        load = sim.PoissonLoadGenerator(request_rate=0.15 * workers, prefill_time=2, output_tokens=20)
+        self.cluster = sim.Cluster(pool=pool, router=getattr(sim, router)(), load_generator=load)
+        self.time_limit = (200 if cases.TINY else 100_000) / workers
+        self.axes = {"seed": range(4), "threads": 1, "progress": False}
+        self.requests = int(sim.sweep(self.cluster, self.time_limit, **self.axes).arrived.sum())  # compiles
+
+    def track_request(self, workers, router):
+        repeat = 1 if cases.TINY else 3
+        seconds = cases.seconds(lambda: sim.sweep(self.cluster, self.time_limit, **self.axes), repeat)
+        return 1e9 * seconds / max(self.requests, 1)
+
+    track_request.unit = "ns/request"

@@ -207,6 +207,7 @@ def caller(kinds: tuple[Any, ...], returned: Any) -> Any:
     return call
 
 
+call_tick_rule = caller((BATCHES["tick"],), COUNT)
 call_rule = caller((BATCHES["token"],), COUNT)
 call_router = caller((BATCHES["router"],), COUNT)
 call_step_time = caller((BATCHES["step"],), TIME)

@@ -56,6 +56,8 @@ class Scenarios(NamedTuple):
     arrivals: Array  # code of `vecsim.load.arrival_time`, or CLOSED
     request_rate: Array  # requests per tick; 1 where it has no meaning
     requests: Array  # of a batch, or to keep in a closed loop
+    fleet: Array  # of a cluster, its place in the table's fleets; -1 in an engine
+    seed: Array  # of the load
     arrival_stream: Array  # row in the arrival `Streams`; an empty one where arrivals aren't random
     length_stream: Array  # row in the length `Streams`
 
@@ -141,6 +143,35 @@ class ApartScratch(NamedTuple):
     bin_places: Array
 
 
+class ClusterScratch(NamedTuple):
+    """What one thread works in, of a cluster of the tick model; an instant is infinite where it's none."""
+
+    arrived_at: Array  # [request + 1]
+    enqueued_at: Array  # [request]
+    started_at: Array
+    first_token_at: Array
+    left_at: Array
+    started_step: Array
+    worker: Array
+    next_ending: Array  # [request] the next one (+ 1) that ends at the same boundary; 0: none
+    following: Array  # [request, then worker] the next one of the same worker, or its first; -1: none
+    ring: Array  # [worker x step] the first request (+ 1) that ends at a boundary; 0: none
+    counts: Array  # [worker, column] see `vecsim.kernel.tick_cluster`
+    times: Array  # [worker, column]
+    totals: Array
+    clocks: Array  # a `vecsim.kernel.tree`: next boundaries of workers that aren't idle
+    loads: Array  # a tree: outstanding requests
+    survey: Array  # [row, worker] see `vecsim.kernel.routing`
+    most_steps: Array  # [1] more than a worker can make
+    prefill_sum: Array  # [slot + 1] of the largest worker; what follows as in `Scratch`
+    itl_samples: Array
+    values: Array
+    kept: Array
+    bins: Array
+    bin_counts: Array
+    bin_places: Array
+
+
 class Record(NamedTuple):
     """Per-request results that are kept [scenario, request]; NaN (or -1) where it never happened."""
 
@@ -151,6 +182,7 @@ class Record(NamedTuple):
     completed_at: Array
     output_tokens: Array
     slot: Array
+    worker: Array  # of fleets; else there is none
 
 
 class Job(NamedTuple):
@@ -162,7 +194,7 @@ class Job(NamedTuple):
     time_limit: float
     warmup: float
     quantiles: Array
-    scratch: Any  # `Scratch` or `ApartScratch`
+    scratch: Any  # `Scratch`, `ApartScratch` or `ClusterScratch`
     metrics: Array  # [scenario, metric] in the order of `vecsim.variables.TICK_VARIABLES`
     enqueued: Array  # [scenario] requests that entered the queue
     status: Array  # [scenario] `DONE`, or why there is no result
@@ -192,6 +224,33 @@ class ApartOutcome(NamedTuple):
     enqueued: int
     started: int
     end_time: float
+
+
+class ClusterSetting(NamedTuple):
+    """One scenario of a cluster of the tick model."""
+
+    workers: int
+    router: int  # place in `vecsim.routing.ROUTERS`
+    router_rule: int  # address of the user's own
+    seed: int
+    prefill_time: float
+    itl: float
+    chunks: int
+    target: int  # concurrency of a closed loop; 0 for an open load
+    available: int  # requests drawn; of an open load those that are due
+    time_limit: float
+    warmup: float
+    ring: int  # size of a worker's
+    stop: Array
+
+
+class ClusterOutcome(NamedTuple):
+    """How a scenario of a cluster of the tick model ended."""
+
+    status: int
+    came: int  # requests
+    entered: int  # of these, those until the last one that a worker noticed
+    workers: int
 
 
 class TokenBatch(NamedTuple):
@@ -370,7 +429,8 @@ class Router(NamedTuple):
 class RouterView(NamedTuple):
     """What a router of the user's own is given: its workers [worker], and the request.
 
-    It returns the place of one of them; where that could not hold the request, the first that could is chosen.
+    It returns the place of one of them; where that could not hold the request, the first that could is chosen. In the
+    tick model there are no prompts, memory and sessions: 0 is told of them, and no worker served a session before.
     """
 
     able: Array  # 1 where the worker could ever hold the request
@@ -385,7 +445,7 @@ class RouterView(NamedTuple):
     prompt_blocks: int
     bound: int  # worker that served the session before; below 0 if there is none
     request: int  # its number
-    now: float  # seconds
+    now: float  # seconds, or ticks
 
 
 class Split(NamedTuple):

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vecsim.fleet import TickDisaggregatedEngine
+from vecsim.fleet import Cluster, TickDisaggregatedEngine
 from vecsim.kernel.state import Array
 from vecsim.plot import tokens
-from vecsim.plot.runs import by_slot, place_name, timeline
+from vecsim.plot.runs import by_slot, first_slots, place_name, queue_over_time, timeline
 from vecsim.plot.style import DECODE, E2E, EMPTY, PREFILL, TTFT, heading
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def cells(run: "Run") -> Cells:
     """A column for each step, or evenly spaced samples where those would be too many."""
     times = timeline(run)
     slots = run.engine.max_batch_size
-    boundaries, end = run.steps.time.values, float(run.metrics.end_time)
+    boundaries, end = np.unique(run.steps.time.values), float(run.metrics.end_time)
     most = max(MOST_CELLS // slots, 1)
     if boundaries.size <= most:
         edges = np.append(boundaries, end)
@@ -42,7 +42,7 @@ def cells(run: "Run") -> Cells:
     else:
         edges = np.linspace(0.0, end, most + 1)
         at = (edges[1:] + edges[:-1]) / 2
-    step = np.searchsorted(boundaries, at, side="right") - 1
+    changes, queue = queue_over_time(run)
     # The request that last began in the slot, if it's still there.
     place = np.full((slots, at.size), -1)
     for slot, mine in enumerate(by_slot(times, slots)):
@@ -55,8 +55,19 @@ def cells(run: "Run") -> Cells:
     request = np.append(times.request, -1)[place]
     enqueued_at, first_token_at = (np.append(x, 0.0)[place] for x in (times.enqueued_at, times.first_token_at))
     decoding = busy & (first_token_at <= at)
-    first_step = np.searchsorted(boundaries, first_token_at)
-    tokens_there = step - first_step + 1
+    if isinstance(run.engine, Cluster):
+        tokens_there = np.concatenate(
+            [
+                np.searchsorted(own, at, side="right") - np.searchsorted(own, firsts)
+                for own, firsts in zip(
+                    boundaries_of(run, run.engine.workers),
+                    np.split(first_token_at, first_slots(run.engine)[1:]),
+                    strict=True,
+                )
+            ]
+        )
+    else:
+        tokens_there = np.searchsorted(boundaries, at, side="right") - np.searchsorted(boundaries, first_token_at)
     if isinstance(run.engine, TickDisaggregatedEngine):  # whose steps are the times between changes
         tokens_there = ((at - first_token_at) / max(run.engine.load_generator.itl, 1.0)).astype(int) + 1
     return Cells(
@@ -65,9 +76,23 @@ def cells(run: "Run") -> Cells:
         request=request,
         token=np.where(decoding, tokens_there, 0),
         latency=np.where(busy, at - enqueued_at, 0.0),
-        queue=np.broadcast_to(run.steps.queue_size.values[step], place.shape),
+        queue=np.broadcast_to(queue[np.searchsorted(changes, at, side="right") - 1], place.shape),
         at=np.broadcast_to(at, place.shape),
     )
+
+
+def boundaries_of(run: "Run", workers: int) -> list[Array]:
+    """The boundaries of each worker of a cluster."""
+    time, worker = run.steps.time.values, run.steps.worker.values
+    order = np.argsort(worker, kind="stable")
+    return np.split(time[order], np.searchsorted(worker[order], np.arange(1, workers)))
+
+
+def rows_of(run: "Run") -> list[Any]:
+    """What each slot is called."""
+    if isinstance(run.engine, Cluster):
+        return [f"{worker}, slot {slot}" for worker, size in enumerate(run.engine.slots()) for slot in range(size)]
+    return list(range(run.engine.max_batch_size))
 
 
 def plotly() -> tuple[Any, Any]:
@@ -90,8 +115,7 @@ def draw(run: "Run") -> Any:
     """See `vecsim.plot.run`."""
     go, make_subplots = plotly()
     shown = cells(run)
-    slots = np.arange(run.engine.max_batch_size)
-    place = place_name(run)
+    slots, place = rows_of(run), place_name(run)
     figure = make_subplots(3, 1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[0.56, 0.18, 0.26])
     busy = shown.phase > 0
     # Two layers, for an empty slot has less to tell.
@@ -121,7 +145,7 @@ def draw(run: "Run") -> Any:
         key = {"color": colour, "symbol": "square", "size": 12}
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=name, marker=key), 1, 1)
 
-    time, queue = run.steps.time.values, run.steps.queue_size.values
+    time, queue = queue_over_time(run)
     some = np.unique(np.linspace(0, time.size - 1, min(time.size, MOST_POINTS)).astype(int))
     figure.add_trace(
         go.Scatter(x=time[some], y=queue[some], hovertemplate="%{x:.2f} ticks<br>queue %{y}<extra></extra>", **QUEUE),

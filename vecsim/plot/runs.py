@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vecsim.axes import differing_fields
-from vecsim.fleet import TickDisaggregatedEngine
+from vecsim.fleet import Cluster, TickDisaggregatedEngine
 from vecsim.kernel.state import Array
 from vecsim.plot.style import (
     COLOURS,
@@ -35,13 +35,15 @@ MOST_BOX_SLOTS = 64
 
 COLUMNS = 1600  # of such an image
 ROWS = 400
+MOST_NUMBERS = 12  # of workers along an axis
 MOST_MARKS = 20_000  # of a kind; above, they are drawn as pixels
 
 
 class Timeline(NamedTuple):
     """When each started request was in which phase, in the order of their start [request], ticks.
 
-    Of a disaggregated engine first all prefills, whose slots are those workers, then all decodes, in slots after these.
+    Of a cluster the slots of its workers are one after the other. Of a disaggregated engine first all prefills, whose
+    slots are those workers, then all decodes, in slots after these.
     """
 
     request: Array
@@ -59,17 +61,27 @@ def timeline(run: "Run") -> Timeline:
     end = float(run.metrics.end_time)
     if isinstance(run.engine, TickDisaggregatedEngine):
         return two_phases(run, started, end, run.engine.max_prefill_workers)
+    slot = requests.slot.values[started]
+    if isinstance(run.engine, Cluster):
+        slot = slot + first_slots(run.engine)[requests.worker.values[started]]
+        by_start = np.argsort(requests.started_at.values[started], kind="stable")
+        started, slot = started[by_start], slot[by_start]
     first_token_at, completed_at = (
         np.nan_to_num(requests[name].values[started], nan=end) for name in ("first_token_at", "completed_at")
     )
     return Timeline(
         request=started,
-        slot=requests.slot.values[started],
+        slot=slot,
         enqueued_at=requests.enqueued_at.values[started],
         started_at=requests.started_at.values[started],
         first_token_at=first_token_at,
         left_at=completed_at,
     )
+
+
+def first_slots(cluster: Cluster) -> Array:
+    """The place of each worker's first slot among those of all."""
+    return np.cumsum([0, *cluster.slots()])[:-1]
 
 
 def two_phases(run: "Run", started: Array, end: float, prefill_workers: int) -> Timeline:
@@ -113,8 +125,9 @@ def run(run: "Run", *, interactive: bool = False) -> Any:
     -------
     matplotlib.figure.Figure or plotly.graph_objects.Figure
         Slots over time with request numbers where they fit (an image of the shares of time where there are many),
-        queue size, TTFT and E2E marks; one time axis. Of a disaggregated engine in ticks its workers instead of slots,
-        those that prefill on top; in the token model the batch's composition, tokens computed and KV memory.
+        queue size, TTFT and E2E marks; one time axis. Of a cluster in ticks the slots of one worker below those of
+        another; of a disaggregated engine in ticks its workers instead of slots, those that prefill on top; in the
+        token model the batch's composition, tokens computed and KV memory.
 
     Raises
     ------
@@ -272,12 +285,25 @@ def draw_slots(axis: "Axes", run: "Run", span: float) -> None:
     axis.set_ylabel(place_name(run))
     if isinstance(run.engine, TickDisaggregatedEngine):
         axis.axhline(run.engine.max_prefill_workers - 0.5, color="0.3", linewidth=1.0)
-    ticks_at_integers(axis.yaxis)
+    if isinstance(run.engine, Cluster):
+        mark_workers(axis, run.engine)
+    else:
+        ticks_at_integers(axis.yaxis)
+
+
+def mark_workers(axis: "Axes", cluster: Cluster) -> None:
+    """Lines between the slots of workers, and the workers' numbers at theirs, as many as fit."""
+    first, slots = first_slots(cluster), np.array(cluster.slots())
+    if slots.size <= MOST_BOX_SLOTS:
+        for place in first[1:]:
+            axis.axhline(place - 0.5, color="0.3", linewidth=min(1.0, 10 / slots.size))
+    shown = np.arange(0, slots.size, -(-slots.size // MOST_NUMBERS))
+    axis.set_yticks((first + (slots - 1) / 2)[shown], [str(worker) for worker in shown])
 
 
 def place_name(run: "Run") -> str:
     """What holds a request."""
-    return "worker" if isinstance(run.engine, TickDisaggregatedEngine) else "slot"
+    return "worker" if isinstance(run.engine, Cluster | TickDisaggregatedEngine) else "slot"
 
 
 def draw_boxes(axis: "Axes", times: Timeline, span: float, slots: int) -> None:

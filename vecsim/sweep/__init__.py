@@ -87,6 +87,8 @@ def sweep(
     kernel = "run_scenarios_by_address" if table.rules else "run_scenarios"
     if isinstance(engine, TickDisaggregatedEngine):
         kernel = "run_disaggregated"
+    if table.clusters is not None:
+        kernel = "run_clusters"
     if table.token is not None:
         kernel = "simulate_fleet" if table.token.fleets else "run_token_scenarios"
     with progress_bar(planned.scenarios, progress, kernel) as bar:

@@ -115,6 +115,7 @@ def has_slo(dataset: "xr.Dataset") -> bool:
 def slots_of(dataset: "xr.Dataset") -> Any:
     """The slots of each scenario, of a fleet those of all workers: a number, or an array where they are an axis."""
     import msgspec
+    import xarray as xr
 
     declared = msgspec.json.decode(dataset.attrs["declaration"])
     pools = {name: declared[name] for name in ("pool", "prefill", "decode") if name in declared}
@@ -128,11 +129,24 @@ def slots_of(dataset: "xr.Dataset") -> Any:
         return sum(given(name, "", declared[name]) for name in ("max_prefill_workers", "max_decode_workers"))
     if not pools:
         return given("max_batch_size", "", declared["max_batch_size"])
-    return sum(
-        given("workers", name, one.get("workers", 1)) * given("max_batch_size", name, one.get("max_batch_size", 256))
-        for name, pool in pools.items()
-        for one in (pool if isinstance(pool, list) else [pool])
-    )
+
+    def of_pools(name: str, pool: Any) -> Any:
+        every = [(f"{name}.{i}", one) for i, one in enumerate(pool)] if isinstance(pool, list) else [(name, pool)]
+        return sum(
+            given("workers", path, one.get("workers", 1))
+            * given("max_batch_size", path, one.get("max_batch_size", 256))
+            for path, one in every
+        )
+
+    total: Any = 0
+    for name, pool in pools.items():
+        along = dataset.coords.get(name)
+        if along is None or along.ndim != 1:
+            total = total + of_pools(name, pool)
+        else:  # an axis over whole pools
+            each = [xr.DataArray(of_pools(name, one)) for one in msgspec.json.decode(along.attrs["declarations"])]
+            total = total + xr.concat(each, along.dims[0])
+    return total
 
 
 def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
