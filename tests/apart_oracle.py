@@ -50,6 +50,7 @@ def simulate(
     total_prefill_chunks: int,
     lengths,
     time_limit: float,
+    kv_transfer_time: float = 0.0,
     arrivals=None,
 ) -> Result:
     """Run the rules, one boundary after the other; those of one instant together.
@@ -62,8 +63,13 @@ def simulate(
     decoders = [Worker(i, max(itl, 1.0)) for i in range(decode_workers)]
     prefill_queue: list[Request] = []
     decode_queue: list[Request] = []
+    moving: list[Request] = []
     made = present = 0
-    while (t := min(worker.clock for worker in prefillers + decoders)) < time_limit:
+    while True:
+        boundaries = [worker.clock for worker in prefillers + decoders]
+        t = min(boundaries + [request.first_token_at + kv_transfer_time for request in moving])
+        if t >= time_limit:
+            break
         prefill_here = [worker for worker in prefillers if worker.clock == t]
         decode_here = [worker for worker in decoders if worker.clock == t]
 
@@ -84,7 +90,9 @@ def simulate(
                 request.completed_at = t
                 present -= 1
         prefilled.sort(key=lambda request: request.number)
-        decode_queue += [request for request in prefilled if request.length > 1]
+        moving += [request for request in prefilled if request.length > 1]
+        while moving and moving[0].first_token_at + kv_transfer_time <= t:
+            decode_queue.append(moving.pop(0))
 
         due: list[float] = []
         if prefill_here:

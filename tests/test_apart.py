@@ -23,6 +23,7 @@ engines = st.builds(
     sim.TickDisaggregatedEngine,
     max_prefill_workers=st.integers(1, 9),
     max_decode_workers=st.integers(1, 12),
+    kv_transfer_time=st.sampled_from([0.0, 1.0, 2.75, 40.0]),
     load_generator=strategies.loads,
 )
 
@@ -53,6 +54,7 @@ def literal(engine: sim.TickDisaggregatedEngine, time_limit: float) -> apart_ora
         total_prefill_chunks=load.total_prefill_chunks,
         lengths=strategies.drawn_lengths(load.output_length, load.seed, max(n, len(arrivals or ()))),
         time_limit=time_limit,
+        kv_transfer_time=engine.kv_transfer_time,
     )
 
 
@@ -141,7 +143,9 @@ def test_requests_are_conserved_and_no_worker_idles_a_tick_while_one_waits(engin
     assert m.arrived == run.requests.sizes["request"]
     assert m.arrived >= m.started >= m.first_tokens >= m.completed
     present = s.queue_size + s.prefilling + s.decoding
-    assert present[-1] == m.arrived - m.completed
+    came = run.requests.first_token_at.values[run.requests.output_tokens.values > 1]
+    moving = np.sum((came <= s.time.values[-1]) & (came + engine.kv_transfer_time > s.time.values[-1]))
+    assert present[-1] + moving == m.arrived - m.completed
     assert m.final_queue == s.queue_size[-1]
     for waiting, busy, workers in (
         (s.queue_size - s.decode_queue_size, s.prefilling, engine.max_prefill_workers),
@@ -152,6 +156,19 @@ def test_requests_are_conserved_and_no_worker_idles_a_tick_while_one_waits(engin
         for first, last in zip(*np.where(np.diff(np.pad(idle, 1).astype(int)) != 0)[0].reshape(-1, 2).T, strict=True):
             if (waiting[first:last] > 0).all() and last < s.sizes["step"]:
                 assert s.time.values[last] - s.time.values[first] <= 1.0 + 1e-9 or first == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(engines, strategies.time_limits)
+def test_a_transfer_delays_nothing_but_the_decode(engine, time_limit):
+    run, at_once = (
+        replace_all(engine, {"kv_transfer_time": time}).run(time_limit).requests
+        for time in (engine.kv_transfer_time, 0.0)
+    )
+    if not isinstance(engine.load_generator, sim.ConcurrentLoadGenerator):
+        np.testing.assert_array_equal(run.first_token_at.values, at_once.first_token_at.values)
+    begun = run.decode_started_at.values
+    assert (begun - run.first_token_at.values >= engine.kv_transfer_time)[~np.isnan(begun)].all()
 
 
 def test_one_worker_of_each_kind_is_a_tandem_queue():

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
-from vecsim.declaration import Count, Declaration, Range, shown
+from vecsim.declaration import Count, Declaration, Range, Time, shown
 from vecsim.engine import AnyStepTime, Engine
 from vecsim.kv_cache import KVCache
 from vecsim.load import SLO, AnyLoadGenerator
@@ -491,11 +491,12 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
 class TickDisaggregatedEngine(Declaration, frozen=True, kw_only=True, tag=True):
     """Workers that prefill and workers that decode, in ticks; each holds one request at a time.
 
-    Requests wait in one queue for a prefill worker, and from their first token on in another for a decode worker, both
-    first come, first served. A prefill takes `total_prefill_chunks` steps of prefill_time / total_prefill_chunks, the
-    last of which yields the first token; each further token takes a step of `itl`; no step is shorter than a tick. Each
-    worker has its own clock: an idle one looks for a request once a tick, the one with the lowest number first. Prefill
-    workers notice arrivals, at any of their boundaries; `enqueued_at` is the first one.
+    Requests wait in one queue for a prefill worker, then in another for a decode worker, both first come, first served;
+    in between, keys and values take `kv_transfer_time` to move. A prefill takes `total_prefill_chunks` steps of
+    prefill_time / total_prefill_chunks, the last of which yields the first token; each further token takes a step of
+    `itl`; no step is shorter than a tick. Each worker has its own clock: an idle one looks for a request once a tick,
+    the one with the lowest number first. Prefill workers notice arrivals, at any of their boundaries; `enqueued_at` is
+    the first one.
 
     Metrics are those of an `Engine`, with these differences: the queue is of both kinds of requests that wait, its mean
     is weighted by time, and `queue_time` is the wait for prefill alone; `utilization` is that of all workers; `steps`
@@ -505,6 +506,8 @@ class TickDisaggregatedEngine(Declaration, frozen=True, kw_only=True, tag=True):
     ----------
     max_prefill_workers, max_decode_workers : int
         How many.
+    kv_transfer_time : float
+        From a request's first token until a decode worker can take it [ticks]; a request waits for none meanwhile.
     load_generator : LoadGenerator
         When requests arrive, how long they are and how long their steps take.
 
@@ -516,6 +519,7 @@ class TickDisaggregatedEngine(Declaration, frozen=True, kw_only=True, tag=True):
 
     max_prefill_workers: Workers
     max_decode_workers: Workers
+    kv_transfer_time: Time = 0.0
     load_generator: AnyLoadGenerator
 
     def __post_init__(self) -> None:

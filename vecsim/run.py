@@ -296,14 +296,17 @@ class Run:
         names = ("enqueued_at", "started_at", "first_token_at", "decode_started_at", "completed_at")
         enqueued, started, first, begun, left = (np.nan_to_num(requests[name].values, nan=np.inf) for name in names)
         decodes = requests.output_tokens.values > 1
-        both = np.concatenate([[0.0], enqueued, started, first, begun, left])
+        assert isinstance(self.engine, TickDisaggregatedEngine)
+        there = first[decodes] + self.engine.kv_transfer_time
+        there[there >= self.time_limit] = np.inf  # nobody notices it
+        both = np.concatenate([[0.0], enqueued, started, first, there, begun, left])
         time = np.unique(both[both < np.inf])
 
         def count(entered: np.ndarray, left: np.ndarray) -> np.ndarray:
             """How many are in a state from each instant on, from the instants at which they enter and leave it."""
             return np.searchsorted(np.sort(entered), time, "right") - np.searchsorted(np.sort(left), time, "right")
 
-        waiting = count(first[decodes], begun[decodes])
+        waiting = count(there, begun[decodes])
         values = {
             "time": time,
             "duration": np.diff(time, append=float(self.metrics.end_time)),

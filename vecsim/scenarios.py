@@ -39,6 +39,7 @@ COLUMNS = {
     "max_batch_size": "max_batch_size",
     "max_prefill_workers": "max_batch_size",
     "max_decode_workers": "decode_workers",
+    "kv_transfer_time": "transfer_time",
     "batcher.parameter": "parameter",
     "load_generator.prefill_time": "prefill_time",
     "load_generator.itl": "itl",
@@ -220,11 +221,13 @@ def parameters(
     """
     load = engine.load_generator
     row: dict[str, Any] = {"batcher": 0, "parameter": 0.0, "decode_workers": 0, "workers": 1, "fleet": -1}
+    row["transfer_time"] = 0.0  # as all that isn't of an engine
     if isinstance(engine, Cluster):
         assert clusters is not None
         row |= cluster_columns(engine, clusters)
     elif isinstance(engine, TickDisaggregatedEngine):
         row |= {"max_batch_size": engine.max_prefill_workers, "decode_workers": engine.max_decode_workers}
+        row["transfer_time"] = engine.kv_transfer_time
     else:
         batcher = engine.batcher
         row["max_batch_size"] = engine.max_batch_size

@@ -50,6 +50,7 @@ class Scenarios(NamedTuple):
     parameter: Array  # the batcher's own number
     max_batch_size: Array  # of a disaggregated engine, its prefill workers
     decode_workers: Array  # of a disaggregated engine; 0 in an engine
+    transfer_time: Array  # of a disaggregated engine [ticks]
     prefill_time: Array  # ticks
     itl: Array  # ticks
     total_prefill_chunks: Array

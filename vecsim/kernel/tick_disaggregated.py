@@ -112,6 +112,7 @@ def pop(ends, size):
 def simulate_apart(
     prefill_workers,
     decode_workers,
+    transfer_time,
     prefill_time,
     itl,
     chunks,
@@ -186,11 +187,12 @@ def simulate_apart(
                 tokens = 1
                 left = first
             else:
-                # The decode worker whose boundary is the first from then on; idle ones poll once a tick.
+                # The decode worker whose boundary is the first once it is there; idle ones poll once a tick.
                 tokens = 1
+                there = min(first + transfer_time, time_limit)
                 decoder = unsigned(decode_heap[0])
-                while decode_clock[decoder] < first:
-                    decode_clock[decoder] = advance(decode_clock[decoder], 1.0, ENDLESS, first)[0]
+                while decode_clock[decoder] < there:
+                    decode_clock[decoder] = advance(decode_clock[decoder], 1.0, ENDLESS, there)[0]
                     settle(decode_heap, decode_clock)
                     decoder = unsigned(decode_heap[0])
                 if decode_clock[decoder] < time_limit:
@@ -241,7 +243,7 @@ def simulate_apart(
 
 
 @bare
-def queue_after(t, scratch, output_tokens, enqueued, started, places):
+def queue_after(t, transfer_time, scratch, output_tokens, enqueued, started, places):
     """(requests that wait for either pool after an instant, the next instant at which that changes).
 
     `places` says how far the instants of each kind were read, and is moved on. O(requests read).
@@ -250,6 +252,7 @@ def queue_after(t, scratch, output_tokens, enqueued, started, places):
     following = np.inf
     for kind in range(4):
         times = scratch.enqueued_at
+        later = transfer_time if kind == 2 else 0.0
         if kind == 1:
             times = scratch.started_at
         elif kind == 2:
@@ -259,18 +262,20 @@ def queue_after(t, scratch, output_tokens, enqueued, started, places):
         size = enqueued if kind == 0 else started
         i, counted = places[kind, 0], places[kind, 1]
         # A request of one token doesn't wait for a decode worker.
-        while i < size and (times[unsigned(i)] <= t or (kind >= 2 and output_tokens[unsigned(i)] == 1)):
+        while i < size and (times[unsigned(i)] + later <= t or (kind >= 2 and output_tokens[unsigned(i)] == 1)):
             counted += kind < 2 or output_tokens[unsigned(i)] > 1
             i += 1
         places[kind, 0], places[kind, 1] = i, counted
         waiting += counted if kind in (0, 2) else -counted
         if i < size:
-            following = min(following, times[unsigned(i)])
+            following = min(following, times[unsigned(i)] + later)
     return waiting, following
 
 
 @inner
-def tally_apart(workers, itl, closed, warmup, arrived_at, output_tokens, scratch, outcome, wanted, out):
+def tally_apart(
+    workers, transfer_time, itl, closed, time_limit, warmup, arrived_at, output_tokens, scratch, outcome, wanted, out
+):  # fmt: skip
     """Write the row of metrics of one scenario: the order of `vecsim.variables.TICK_VARIABLES`."""
     enqueued, started, end_time = outcome.enqueued, outcome.started, outcome.end_time
     first_request = first_at_or_after(scratch.enqueued_at if closed else arrived_at, enqueued, warmup)
@@ -292,9 +297,11 @@ def tally_apart(workers, itl, closed, warmup, arrived_at, output_tokens, scratch
         waited += max(started_at - max(enqueued_at, warmup), 0.0)
         busy += max(min(first, end_time) - max(started_at, warmup), 0.0)
         if first < np.inf and length > 1:
-            prefilled += 1
-            decoding += begun < np.inf
-            waited += max(min(begun, end_time) - max(first, warmup), 0.0)
+            there = first + transfer_time
+            if there < time_limit:
+                prefilled += 1
+                decoding += begun < np.inf
+                waited += max(min(begun, end_time) - max(there, warmup), 0.0)
             busy += max(min(left, end_time) - max(begun, warmup), 0.0)
         if i < first_request:
             continue
@@ -332,8 +339,8 @@ def tally_apart(workers, itl, closed, warmup, arrived_at, output_tokens, scratch
 
     places = np.zeros((4, 2), np.int64)
     max_queue, instant = 0, warmup
-    while instant < np.inf:
-        waiting, instant = queue_after(instant, scratch, output_tokens, enqueued, started, places)
+    while instant < time_limit:  # what would be there later, nobody notices
+        waiting, instant = queue_after(instant, transfer_time, scratch, output_tokens, enqueued, started, places)
         max_queue = max(max_queue, waiting)
 
     stats = wanted.size + 2
@@ -403,6 +410,7 @@ def run_disaggregated(first, last, job):
         outcome = simulate_apart(
             scenarios.max_batch_size[row],
             scenarios.decode_workers[row],
+            scenarios.transfer_time[row],
             scenarios.prefill_time[row],
             scenarios.itl[row],
             scenarios.total_prefill_chunks[row],
@@ -424,8 +432,10 @@ def run_disaggregated(first, last, job):
         workers = scenarios.max_batch_size[row] + scenarios.decode_workers[row]
         tally_apart(
             workers,
+            scenarios.transfer_time[row],
             scenarios.itl[row],
             closed,
+            time_limit,
             warmup,
             scratch.arrived_at,
             output_tokens,
@@ -462,4 +472,6 @@ def write_apart_queue(row, times, scenarios, lengths, scratch, outcome, queue):
     output_tokens = lengths.values[begin : begin + outcome.enqueued]
     places = np.zeros((4, 2), np.int64)
     for i in range(times.size):
-        queue[row, i], _ = queue_after(times[i], scratch, output_tokens, outcome.enqueued, outcome.started, places)
+        queue[row, i], _ = queue_after(
+            times[i], scenarios.transfer_time[row], scratch, output_tokens, outcome.enqueued, outcome.started, places
+        )
