@@ -159,7 +159,7 @@ class Run:
 
     @functools.cached_property
     def links(self) -> "xr.Dataset":
-        """Bytes, seconds, transfers and use of each link over the run [link].
+        """Bytes, seconds, transfers and use of each link over the whole run, its warm-up too [link].
 
         Bytes are those that moved after their prefill: what moved behind it, layer by layer, isn't among them.
 
