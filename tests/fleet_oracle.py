@@ -57,6 +57,11 @@ class Workers:
     order: str = "fcfs"
     async_scheduling: bool = False
     max_model_len: int | None = None
+    # Of fleets that change (`changing_oracle`)
+    spare: int = 0  # more of them that are off at first
+    gpus: int = 1
+    start_up_time: float = 0.0
+    start_up_std: float = 0.0
 
 
 @dataclass
@@ -210,6 +215,11 @@ class Worker(Engine):
     def has_slot(self) -> bool:
         return len(self.sent) < self.slots
 
+    @property
+    def outstanding(self) -> int:
+        """By the routers' books."""
+        return len(self.sent)
+
     def read_inbox(self) -> None:
         for request in self.inbox:
             request.enqueued_at = self.now
@@ -319,21 +329,30 @@ class Router:
     place: int  # of its draws
     draw: Callable[[FleetRequest, int, int], int]
     previous: Callable[[FleetRequest], int | None]  # the worker of the session's turn before this one
+    is_open: Callable[[Worker], bool] = lambda worker: True  # those that it would choose at all
 
     last: int = field(init=False, default=-1)  # place of the last choice among the workers
-    drawn: dict[int, list[int]] = field(init=False, default_factory=dict)  # when it was only asked
+    # Request, and among how many workers, when it was only asked
+    drawn: dict[tuple[int, int], list[int]] = field(init=False, default_factory=dict)
 
-    def ask(self, request: FleetRequest, able: list[Worker]) -> Worker:
+    def ask(self, request: FleetRequest, able: list[Worker]) -> Worker | None:
         """Whom it would choose now; the choice itself then uses the same draws."""
+        able = [worker for worker in able if self.is_open(worker)]
+        if not able:
+            return None
         last = self.last
-        if request.index not in self.drawn:
-            self.drawn[request.index] = self.draws(request, len(able))
-        chosen = self.pick(request, able, self.drawn[request.index])
+        one = request.index, len(able)
+        if one not in self.drawn:
+            self.drawn[one] = self.draws(request, len(able))
+        chosen = self.pick(request, able, self.drawn[one])
         self.last = last
         return chosen
 
-    def choose(self, request: FleetRequest, able: list[Worker]) -> Worker:
-        draws = self.drawn.pop(request.index, None)
+    def choose(self, request: FleetRequest, able: list[Worker]) -> Worker | None:
+        able = [worker for worker in able if self.is_open(worker)]
+        if not able:
+            return None
+        draws = self.drawn.pop((request.index, len(able)), None)
         return self.pick(request, able, self.draws(request, len(able)) if draws is None else draws)
 
     def draws(self, request: FleetRequest, n: int) -> list[int]:
@@ -350,13 +369,13 @@ class Router:
             case "random":
                 return able[draws[0]] if draws else able[0]
             case "least outstanding":
-                return min(able, key=lambda worker: (len(worker.sent), worker.number))
+                return min(able, key=lambda worker: (worker.outstanding, worker.number))
             case "power of two":
                 if not draws:
                     return able[0]
                 first = able[draws[0]]
                 second = [worker for worker in able if worker is not first][draws[1]]
-                return min(first, second, key=lambda worker: len(worker.sent))
+                return min(first, second, key=lambda worker: worker.outstanding)
             case "least kv":
                 return min(able, key=lambda worker: (worker.share, worker.number))
             case "session sticky":
@@ -388,6 +407,9 @@ class Flow:
 
 
 class Simulation:
+    request_type: type[FleetRequest] = FleetRequest
+    worker_type: type[Worker] = Worker
+
     def __init__(self, requests, fleet, overheads, concurrency, think_time, draw, gives_back) -> None:
         self.fleet = fleet
         self.overheads = overheads
@@ -403,7 +425,7 @@ class Simulation:
         self.prefill_queue: list[FleetRequest] = []  # the global one
 
         names = [each.name for each in fields(Request) if each.init]
-        self.requests = [FleetRequest(**{name: getattr(request, name) for name in names}) for request in requests]
+        self.requests = [self.request_type(**{name: getattr(request, name) for name in names}) for request in requests]
         for index, request in enumerate(self.requests):
             request.index = index
 
@@ -443,28 +465,26 @@ class Simulation:
             self.ask_next(0.0)
 
     def make_workers(self, pools: Sequence[Workers]) -> list[Worker]:
-        made = []
-        for pool in pools:
-            for _ in range(pool.count):
-                batcher = pool.batcher()
-                blocks = pool.blocks
-                if blocks is None:  # as many as could ever be held at once
-                    least = max(getattr(batcher, "reserve_tokens", None) or 0, pool.max_model_len or 0)
-                    tokens = [
-                        max(least, request.prompt_tokens + max(request.output_tokens, request.cap))
-                        for request in self.requests
-                    ]
-                    blocks = sum(each // pool.block_size + 2 for each in tokens)
-                worker = Worker(
-                    batcher, pool.slots, Pool(blocks, pool.uncached_first), pool.block_size, pool.prefix_caching,
-                    0 if pool.blocks is None else int(pool.watermark * blocks), pool.order, pool.async_scheduling,
-                    pool.max_model_len, self.overheads,
-                    number=len(self.workers), duration=pool.duration, endless=pool.blocks is None,
-                    gives_back=self.gives_back,
-                )  # fmt: skip
-                self.workers.append(worker)
-                made.append(worker)
-        return made
+        return [self.make_worker(pool) for pool in pools for _ in range(pool.count)]
+
+    def make_worker(self, pool: Workers) -> Worker:
+        batcher = pool.batcher()
+        blocks = pool.blocks
+        if blocks is None:  # as many as could ever be held at once
+            least = max(getattr(batcher, "reserve_tokens", None) or 0, pool.max_model_len or 0)
+            tokens = [
+                max(least, request.prompt_tokens + max(request.output_tokens, request.cap)) for request in self.requests
+            ]
+            blocks = sum(each // pool.block_size + 2 for each in tokens)
+        worker = self.worker_type(
+            batcher, pool.slots, Pool(blocks, pool.uncached_first), pool.block_size, pool.prefix_caching,
+            0 if pool.blocks is None else int(pool.watermark * blocks), pool.order, pool.async_scheduling,
+            pool.max_model_len, self.overheads,
+            number=len(self.workers), duration=pool.duration, endless=pool.blocks is None,
+            gives_back=self.gives_back,
+        )  # fmt: skip
+        self.workers.append(worker)
+        return worker
 
     # Users
 
@@ -588,6 +608,9 @@ class Simulation:
             request.dropped = True
             self.ask_next(self.now + max(self.think_time, 1.0))  # a user who is refused never asks without end
             return
+        self.route(request)
+
+    def route(self, request: FleetRequest) -> None:
         if isinstance(self.fleet, Disaggregated):
             worker = self.router.ask(request, request.able)
             request.is_local = self.stays(request, worker)
@@ -609,12 +632,15 @@ class Simulation:
     def able_to_prefill(self, request: FleetRequest) -> list[Worker]:
         return [worker for worker in self.prefill if not worker.refuses(request.stand_in)]
 
-    def stays(self, request: FleetRequest, worker: Worker) -> bool:
-        """Whether the decode worker computes the prompt itself."""
-        one = FleetRequest(
+    def make_stand_in(self, request: FleetRequest) -> None:
+        one = self.request_type(
             request.arrived_at, request.prompt_tokens, 1, request.ids, 1, request.priority, request.ttft_limit
         )
         one.index, one.of, request.stand_in = request.index, request, one
+
+    def stays(self, request: FleetRequest, worker: Worker) -> bool:
+        """Whether the decode worker computes the prompt itself."""
+        self.make_stand_in(request)
         able = self.able_to_prefill(request)
         if not able:
             return True
@@ -627,7 +653,8 @@ class Simulation:
         def is_busy() -> bool:
             if self.prefill_router is None:
                 return bool(self.prefill_queue) or not any(each.has_slot for each in able)
-            return len(self.prefill_router.ask(request, able).sent) > 0
+            asked = self.prefill_router.ask(request, able)
+            return asked is not None and asked.outstanding > 0
 
         match rule:
             case None:

@@ -202,15 +202,20 @@ def a_fleet(rng, apart, load, block_size, orders):
     return ours, literal, token_oracle.Overheads(**overheads)
 
 
-def check_against(run, result):
-    """Every step of every worker, and every request that has come to where it is first looked at."""
+def check_against(run, result, all_that_came=False):
+    """Every step of every worker, and every request that has come to where it is first looked at, or to the router."""
     steps = run.steps.sortby(["time", "worker"])
     theirs = sorted(result.steps, key=lambda step: (step.begin, step.worker))
     ours = run.requests
     came = [
         request
         for request in result.requests
-        if request.dropped or request.is_local is False or request.enqueued_at is not None
+        if request.dropped
+        or (
+            request.routed_at is not None
+            if all_that_came
+            else request.is_local is False or request.enqueued_at is not None
+        )
     ]
 
     def column(instants):

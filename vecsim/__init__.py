@@ -14,6 +14,7 @@ from vecsim.batching import (
     StaticBatcher,
     TokenBudgetBatcher,
 )
+from vecsim.control_plane import ControlPlane
 from vecsim.engine import Engine
 from vecsim.fits import Fit
 from vecsim.fitting import Calibration, Measured, fit_step_time
@@ -63,6 +64,15 @@ from vecsim.routing import (
     SessionRouter,
 )
 from vecsim.run import Run
+from vecsim.scaling import (
+    CustomPlanner,
+    LoadPlanner,
+    Planner,
+    ReactivePlanner,
+    Schedule,
+    SLAPlanner,
+    ThroughputPlanner,
+)
 from vecsim.step_time import (
     CustomStepTime,
     LinearStepTime,
@@ -87,7 +97,9 @@ __all__ = [
     "Cluster",
     "ConcurrentLoadGenerator",
     "Constant",
+    "ControlPlane",
     "CustomBatcher",
+    "CustomPlanner",
     "CustomRouter",
     "CustomStepTime",
     "DisaggregatedEngine",
@@ -107,6 +119,7 @@ __all__ = [
     "LinearStepTime",
     "Link",
     "LoadGenerator",
+    "LoadPlanner",
     "LocalPrefill",
     "LogNormal",
     "MaxUtilizationBatcher",
@@ -117,6 +130,7 @@ __all__ = [
     "Overheads",
     "OverlapRouter",
     "PiecewiseLoadGenerator",
+    "Planner",
     "PoissonLoadGenerator",
     "PolynomialStepTime",
     "Pool",
@@ -126,6 +140,7 @@ __all__ = [
     "PromptLengthRule",
     "QueueAndLengthRule",
     "RandomRouter",
+    "ReactivePlanner",
     "RequestClass",
     "RequestRateLoadGenerator",
     "RooflineStepTime",
@@ -133,6 +148,8 @@ __all__ = [
     "Router",
     "Run",
     "SGLangBatcher",
+    "SLAPlanner",
+    "Schedule",
     "SessionRouter",
     "Sessions",
     "SharedPrefix",
@@ -140,6 +157,7 @@ __all__ = [
     "StepTime",
     "TableStepTime",
     "TableTerm",
+    "ThroughputPlanner",
     "TickDisaggregatedEngine",
     "TickStepTime",
     "TokenBudgetBatcher",

@@ -13,6 +13,7 @@ from vecsim.memory import require_results
 from vecsim.variables import (
     APART_REQUEST_VARIABLES,
     APART_VARIABLES,
+    CHANGING_VARIABLES,
     CLASS_VARIABLES,
     FLEET_REQUEST_VARIABLES,
     REQUEST_VARIABLES,
@@ -32,6 +33,7 @@ TAKEN = {
             TOKEN_VARIABLES,
             CLASS_VARIABLES,
             APART_VARIABLES,
+            CHANGING_VARIABLES,
             TOKEN_REQUEST_VARIABLES,
             FLEET_REQUEST_VARIABLES,
             APART_REQUEST_VARIABLES,

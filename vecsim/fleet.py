@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
+from vecsim.control_plane import ControlPlane
 from vecsim.declaration import Count, Declaration, Range, Time, shown
 from vecsim.engine import AnyStepTime, Engine
 from vecsim.kv_cache import KVCache
@@ -20,6 +21,7 @@ from vecsim.routing import (
     LeastOutstandingRouter,
     RoundRobinRouter,
 )
+from vecsim.scaling import AnyPlanner
 from vecsim.step_time import TickStepTime
 from vecsim.transfer import KVTransfer, check_same_kv
 
@@ -50,6 +52,10 @@ class Pool(Declaration, frozen=True, kw_only=True):
         KV memory of each; endless unless given.
     max_model_len : int, optional
         Prompt and output tokens of the longest request that is served.
+    gpus : int
+        GPUs of each worker, which cost from when it begins to start.
+    start_up_time, start_up_std : float
+        Seconds that a worker takes to start: fixed, or lognormal with that mean and standard deviation.
 
     Raises
     ------
@@ -63,6 +69,22 @@ class Pool(Declaration, frozen=True, kw_only=True):
     step_time: AnyStepTime
     kv_cache: KVCache | None = None
     max_model_len: Annotated[int, Range(2, 2**30)] | None = None
+    gpus: Count = 1
+    start_up_time: Time = 0.0
+    start_up_std: Time = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_up_std > 0.0 and self.start_up_time == 0.0:
+            raise ValueError(f"start_up_time must be > 0 where start_up_std is, got 0 and {self.start_up_std:g}")
+
+    @property
+    def start_up(self) -> tuple[float, float]:
+        """The start-up time as the kernel has it: seconds and 0, or mean and deviation of its logarithm."""
+        if self.start_up_std == 0.0:
+            return self.start_up_time, 0.0
+        variance = math.log1p((self.start_up_std / self.start_up_time) ** 2)
+        return math.log(self.start_up_time) - variance / 2, math.sqrt(variance)
 
     @classmethod
     def of(cls, engine: Engine, workers: int = 1) -> Self:
@@ -85,7 +107,7 @@ class Pool(Declaration, frozen=True, kw_only=True):
         """
         if not isinstance(engine, Engine):
             raise ValueError(f"engine must be an Engine, got {shown(engine)}")
-        own = {name: getattr(engine, name) for name in cls.__struct_fields__ if name != "workers"}
+        own = {name: getattr(engine, name) for name in cls.__struct_fields__ if name in type(engine).__struct_fields__}
         return cls(workers=workers, **own)
 
     def engine(self, load_generator: AnyLoadGenerator, overheads: Overheads, slo: SLO | None) -> Engine:
@@ -131,11 +153,17 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
         Time outside the steps; `before_queue` passes before a request is routed.
     slo : SLO, optional
         Limits of requests whose class has none of its own.
+    control_plane : ControlPlane, optional
+        How workers crash, and who learns of it when; they don't unless given.
+    scaling : Planner, optional
+        When workers are added and taken away; never unless given.
     """
 
     load_generator: AnyLoadGenerator
     overheads: Overheads = Overheads()
     slo: SLO | None = None
+    control_plane: ControlPlane | None = None
+    scaling: AnyPlanner | None = None
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -165,13 +193,50 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
         if any(ticks) and not all(ticks):
             raise ValueError("step_time must be TickStepTime in all pools, or in none: ticks aren't seconds")
         if any(ticks):
+            for field in ("scaling", "control_plane"):
+                if getattr(self, field) is not None:
+                    raise ValueError(f"{field} must not be given in the tick model, got {shown(getattr(self, field))}")
             self._check_ticks()
+        if self.scaling is not None:
+            self._check_scaling(self.scaling)
+        if self.control_plane is not None:
+            for _, worker in self.control_plane.crashes:
+                if worker >= sum(self.places()):
+                    raise ValueError(f"crashes must be of workers below {sum(self.places())}, got {worker}")
         self.engines()  # refuses what an engine would
         if len({router.rule for router in self.routers() if isinstance(router, CustomRouter)}) > 1:
             raise ValueError("router and prefill_router must have the same rule of one's own, got two")
         sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
         if len(sizes) > 1:
             raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
+
+    def _check_scaling(self, planner: AnyPlanner) -> None:
+        """Refuse a planner that this fleet can't have."""
+        if len(self.pools) != self.roles:
+            raise ValueError(f"scaling needs one pool of each kind, got {len(self.pools)} pools")
+        planner.check_fleet(self.pools[-1].gpus, self.pools[0].gpus if self.roles > 1 else None)
+
+    def places(self) -> list[int]:
+        """Workers of each pool that there are places for: those that drain beside those that have come since."""
+        if self.scaling is None:
+            return [pool.workers for pool in self.pools]
+        names = ("prefill", "decode")[-self.roles :]
+        others = [pool.gpus for pool in reversed(self.pools)] if self.roles > 1 else [0]
+        most = (
+            self.scaling.places(name, pool.workers, pool.gpus, other)  # type: ignore[arg-type]
+            for name, pool, other in zip(names, self.pools, others, strict=True)
+        )
+        return [2 * places for places in most]
+
+    @property
+    def changes(self) -> bool:
+        """Whether workers come and go."""
+        return self.scaling is not None or (self.control_plane is not None and self.control_plane.fails)
+
+    @property
+    def roles(self) -> int:
+        """Kinds of work that pools are for: one, or prefill and decode."""
+        return 1
 
     def _check_ticks(self) -> None:
         """Refuse what this fleet can't be in the tick model."""
@@ -272,6 +337,10 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
         Time outside the steps; `before_queue` passes before a request is routed.
     slo : SLO, optional
         Limits of requests whose class has none of its own.
+    control_plane : ControlPlane, optional
+        How workers crash, and who learns of it when; they don't unless given.
+    scaling : Planner, optional
+        When workers are added and taken away; never unless given.
 
     Raises
     ------
@@ -303,6 +372,9 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
         return (self.router,)
 
     def _check_ticks(self) -> None:
+        for pool in self.pools:
+            if pool.start_up_time > 0.0:
+                raise ValueError(f"start_up_time must be 0 in the tick model, got {pool.start_up_time:g}")
         if not isinstance(self.router, TICK_ROUTERS):
             raise ValueError(f"router {type(self.router).__name__} needs a step_time in seconds, got TickStepTime")
         latency = getattr(self.router, "event_latency", 0.0)
@@ -421,6 +493,10 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
         Time outside the steps; `before_queue` passes before a request is routed.
     slo : SLO, optional
         Limits of requests whose class has none of its own.
+    control_plane : ControlPlane, optional
+        How workers crash, and who learns of it when; they don't unless given.
+    scaling : Planner, optional
+        When workers are added and taken away; never unless given.
 
     Raises
     ------
@@ -440,6 +516,10 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.control_plane is not None and self.control_plane.fails:
+            raise ValueError(
+                "control_plane must have no crashes, mtbf or outages where prefill is apart: only in a Cluster"
+            )
         for name in ("prefill", "decode"):
             if not listed(getattr(self, name)):
                 raise ValueError(f"{name} must have a worker, got none")
@@ -448,6 +528,11 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
             sent, read = source.step_time, destination.step_time
             if isinstance(sent, RooflineStepTime) and isinstance(read, RooflineStepTime):
                 check_same_kv(sent.model, read.model, sent.kv_dtype, read.kv_dtype)
+
+    @property
+    def roles(self) -> int:
+        """Kinds of work that pools are for: prefill and decode."""
+        return 2
 
     @property
     def prefill_workers(self) -> int:
@@ -474,7 +559,7 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
         rule = self.local_prefill
         length, queue_size, ratio = (0.0, 0.0, 0.0) if rule is None else rule.numbers()
         split = (
-            *(self.prefill_workers, self.prefill_router is None),
+            *(sum(self.places()[: len(listed(self.prefill))]), self.prefill_router is None),
             *(self.reserve == "arrival", self.first_token == "prefill"),
             0 if rule is None else 1 + LOCAL_RULES.index(type(rule)),
             *(length, queue_size, ratio, 1.0 if rule is None else rule.decode_busy_threshold),

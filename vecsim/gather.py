@@ -9,6 +9,7 @@ from vecsim.declaration import Declaration, as_json, to_plain
 from vecsim.kernel.state import Array, TokenRecord
 from vecsim.variables import (
     APART_VARIABLES,
+    CHANGING_VARIABLES,
     CLASS_VARIABLES,
     FLEET_REQUEST_VARIABLES,
     PARTS,
@@ -34,10 +35,12 @@ def metrics_dataset(
     token: bool = False,
     classes: tuple[str, ...] = (),
     apart: bool = False,
+    changing: bool = False,
 ) -> "xr.Dataset":
     """A Dataset of all output variables over the dimensions in `sizes` (and `stat`, and `class` if there are any).
 
-    `apart` is whether it is of fleets that keep prefill apart: then there is `part` too.
+    `apart` is whether it is of fleets that keep prefill apart: then there is `part` too; `changing` whether workers of
+    any fleet come and go.
     """
     import xarray as xr
 
@@ -66,9 +69,14 @@ def metrics_dataset(
         *scalars, parts = APART_VARIABLES
         for i, variable in enumerate(scalars):
             variables[variable.name] = describe(variable, dims, metrics[:, at + i].reshape(shape))
-        values = metrics[:, at + len(scalars) :].reshape(*shape, len(PARTS))
+        at += len(scalars)
+        values = metrics[:, at : at + len(PARTS)].reshape(*shape, len(PARTS))
+        at += len(PARTS)
         variables[parts.name] = describe(parts, (*dims, "part"), values)
         coords["part"] = ("part", np.array(PARTS))
+    if changing:
+        for i, variable in enumerate(CHANGING_VARIABLES):
+            variables[variable.name] = describe(variable, dims, metrics[:, at + i].reshape(shape))
     return xr.Dataset(variables, coords, attrs)
 
 

@@ -16,6 +16,7 @@ WHAT = {
     "token": "a batch of the token model",
     "step": "a step",
     "router": "a router's view",
+    "planner": "a planner's view",
 }
 
 
@@ -53,8 +54,8 @@ def check_own(rule: Any, *kinds: str) -> None:
     Parameters
     ----------
     rule : function
-    *kinds : "tick", "token", "step" or "router"
-        A batcher's rule in the tick or the token model, a step time, or a router.
+    *kinds : "tick", "token", "step", "router" or "planner"
+        A batcher's rule in the tick or the token model, a step time, a router, or a planner.
 
     Raises
     ------
@@ -83,6 +84,10 @@ def check_own(rule: Any, *kinds: str) -> None:
         if kind == "step":
             if not isinstance(returned, Integer | Float):
                 raise ValueError(f"rule {name} must return a number of seconds on every path, got {returned}")
+        elif kind == "planner":
+            parts = getattr(returned, "types", ())
+            if len(parts) != 2 or not all(isinstance(part, Integer | Boolean) for part in parts):
+                raise ValueError(f"rule {name} must return two whole numbers on every path, got {returned}")
         elif not isinstance(returned, Integer | Boolean):
             raise ValueError(f"rule {name} must return a whole number on every path, got {returned}")
         return
@@ -97,7 +102,9 @@ def _why_not(errors: list[Exception], kinds: tuple[str, ...]) -> str:
     reasons = []
     for error, kind in zip(errors, kinds, strict=True):
         lines = [line for line in str(error).splitlines() if line and not line.startswith("Failed in nopython")]
-        reason = re.sub(rf"{GIVEN[kind].__name__}\(.*?\)", "Batch", lines[0] if lines else type(error).__name__)
+        reason = re.sub(
+            rf"{GIVEN[kind].__name__}\((?:[^()]|\([^()]*\))*\)", "Batch", lines[0] if lines else type(error).__name__
+        )
         attribute = re.search(r"Unknown attribute '(\w+)' of type Batch", reason)
         # A field of one kind that another lacks tells that the function is meant for the former.
         elsewhere = attribute is not None and attribute[1] in fields

@@ -12,6 +12,7 @@ from vecsim.axes import Plan
 from vecsim.fleet import AnyEngine, Cluster, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
 from vecsim.kernel.state import ApartScratch, ClusterOutcome, ClusterScratch, Outcome, Scratch, StepRecord
+from vecsim.lives import LIFE_VARIABLES, Lives, counts_dataset, events_dataset
 from vecsim.measure import check_quantiles, check_times
 from vecsim.paths import (
     HOP_TIME,
@@ -90,7 +91,8 @@ class Run:
         token = self.engine.is_token
         classes = tuple(kind.name for kind in self.engine.load_generator.classes) if token else ()
         metrics, apart = self._single.metrics[np.newaxis], isinstance(self.engine, DisaggregatedEngine)
-        return metrics_dataset(metrics, {}, {}, self._quantiles, attrs, token, classes, apart)
+        changing = isinstance(self.engine, Fleet) and self.engine.changes
+        return metrics_dataset(metrics, {}, {}, self._quantiles, attrs, token, classes, apart, changing)
 
     @functools.cached_property
     def requests(self) -> "xr.Dataset":
@@ -111,6 +113,9 @@ class Run:
             waits = hop_times(value, self.engine.overheads.before_queue)
             variables[HOP_TIME.name] = describe(HOP_TIME, ("hop", "request"), waits)
             coords["hop"] = list(HOPS)
+        if (lives := self._single.lives) is not None:
+            for variable in LIFE_VARIABLES:
+                variables[variable.name] = describe(variable, ("request",), getattr(lives, variable.name))
         if isinstance(self.engine, TickDisaggregatedEngine):
             scratch = self._single.scratch
             assert isinstance(scratch, ApartScratch)
@@ -222,6 +227,43 @@ class Run:
         pools = self.engine.pools
         blocks = [pool.kv_cache.blocks if pool.kv_cache else None for pool in pools]
         return self._single.steps, [pool.workers for pool in pools], blocks
+
+    @functools.cached_property
+    def worker_events(self) -> "xr.Dataset":
+        """When workers came, went and crashed, and why [event].
+
+        Raises
+        ------
+        ValueError
+            When the workers of the fleet don't change: neither `scaling` nor `control_plane` is given.
+        """
+        return events_dataset(self._lives("worker_events"), base_attrs(self.engine, self.time_limit, self.warmup))
+
+    def worker_counts(self, instants: int = 1000) -> "xr.Dataset":
+        """How many workers of each pool are in each phase [pool, phase, time].
+
+        Parameters
+        ----------
+        instants : int
+            Evenly spaced over the run.
+
+        Returns
+        -------
+        xarray.Dataset
+
+        Raises
+        ------
+        ValueError
+            When the workers of the fleet don't change.
+        """
+        lives = self._lives("worker_counts")
+        assert isinstance(self.engine, Fleet)
+        return counts_dataset(lives, self.engine.places(), float(self.metrics.end_time), instants)
+
+    def _lives(self, what: str) -> Lives:
+        if self._single.lives is None:
+            raise ValueError(f"{what} are there for fleets with scaling or a control_plane, not for this one")
+        return self._single.lives
 
     def _apart(self, what: str) -> DisaggregatedEngine:
         if not isinstance(self.engine, DisaggregatedEngine):

@@ -24,11 +24,12 @@ from vecsim.kernel.state import (
     StepRecord,
     TokenRecord,
 )
+from vecsim.lives import Lives
 from vecsim.paths import Path
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed, same_rule
 from vecsim.streams import draw_streams
 from vecsim.threads import INLINE, Workers, available_threads
-from vecsim.token_simulate import check_token_memory, keeps_apart, run_token_block
+from vecsim.token_simulate import check_token_memory, comes_and_goes, keeps_apart, run_token_block
 from vecsim.variables import row_width
 
 AnyOutcome = Outcome | ApartOutcome | ClusterOutcome
@@ -100,6 +101,7 @@ class Single(NamedTuple):
     scratch: AnyScratch | None
     steps: StepRecord | None  # of the token model
     path: Path | None = None  # of a fleet that keeps prefill apart
+    lives: Lives | None = None  # of a fleet whose workers come and go
 
 
 class Measured(NamedTuple):
@@ -113,7 +115,8 @@ class Measured(NamedTuple):
         """Numbers in a row of metrics."""
         classes = 0 if table.token is None else len(table.token.class_names or ())
         apart = table.token is not None and keeps_apart(table.token.fleets)
-        return row_width(table.token is not None, self.quantiles.size, classes, apart)
+        changing = table.token is not None and comes_and_goes(table.token.fleets)
+        return row_width(table.token is not None, self.quantiles.size, classes, apart, changing)
 
 
 def simulate(
@@ -184,7 +187,7 @@ def _simulate_one_token(table: Table, measured: Measured, workers: Workers) -> S
         if status[0] == DONE and run is not None:
             kept = run.requests
             record = TokenRecord(*(array[:, :kept] for array in results.record))
-            return Single(results.metrics[0], record, None, None, run.steps, run.path)
+            return Single(results.metrics[0], record, None, None, run.steps, run.path, run.lives)
         if status[0] == OUT_OF_STEPS:
             steps *= 4
         else:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from vecsim.batching import CustomBatcher, check_budget, policy_of
+from vecsim.control_plane import ControlPlane
 from vecsim.engine import Engine
 from vecsim.fleet import Fleet
 from vecsim.kernel.state import Array
@@ -22,6 +23,7 @@ from vecsim.load import (
     TraceLoadGenerator,
 )
 from vecsim.roofline import RooflineStepTime
+from vecsim.scaling import CustomPlanner
 from vecsim.step_time import CustomStepTime, TableStepTime, flat_tables, kernel_of
 
 # Fields that are columns of the table: an axis over one of them costs no declaration per value.
@@ -55,6 +57,8 @@ class TokenTables:
         self.class_names: tuple[str, ...] | None = None
         self.fleets: list[tuple[float, ...]] = []
         self.groups: list[tuple[float, ...]] = []
+        self.events: list[tuple[float, float]] = []  # of fleets: crashes, outages
+        self.planners: list[float] = []  # their numbers
 
     @staticmethod
     def fields() -> tuple[str, ...]:
@@ -97,12 +101,25 @@ class TokenTables:
     def put_fleet(self, rows: list[dict[str, Any]], cluster: Fleet) -> tuple[int, ...]:
         place, first = len(self.fleets), len(self.groups)
         self.groups += (
-            (*(float(row[name]) for name in self.fields()), float(pool.workers))
-            for row, pool in zip(rows, cluster.pools, strict=True)
+            (*(float(row[name]) for name in self.fields()), places, pool.workers, *pool.start_up, pool.gpus)
+            for row, pool, places in zip(rows, cluster.pools, cluster.places(), strict=True)
         )
-        numbers = (first, len(rows), cluster.workers, *cluster.kernel().values())
+        control = self.control_numbers(cluster)
+        numbers = (first, len(rows), sum(cluster.places()), *cluster.kernel().values(), *control)
         self.fleets.append(tuple(map(float, numbers)))
         return (place,)
+
+    def control_numbers(self, fleet: Fleet) -> tuple[float, ...]:
+        """How a fleet's workers come and go, as the kernel has it; what is scheduled is put to `events`."""
+        plane = fleet.control_plane
+        first = len(self.events)
+        if plane is not None:
+            self.events += [*plane.crashes, *plane.outages]
+        plane = plane or ControlPlane()
+        numbers = () if fleet.scaling is None else fleet.scaling.numbers()
+        planner = (-1 if fleet.scaling is None else fleet.scaling.code, len(self.planners), len(numbers))
+        self.planners += numbers
+        return (fleet.changes, *plane.kernel(), first, len(plane.crashes), len(plane.outages), *planner)
 
     def put_tables(self, step_time: TableStepTime | RooflineStepTime) -> tuple[int, ...]:
         from vecsim.kernel.duration import AXIS, GRID, VALUES_AT
@@ -121,16 +138,17 @@ class TokenTables:
         return first, len(terms)
 
 
-# The user's own functions of a scenario, where it has none: a batcher's rule, a step time, a router
-NO_RULES = (None, None, None)
+# The user's own functions of a scenario, where it has none: a batcher's rule, a step time, a router, a planner
+NO_RULES = (None, None, None, None)
 
 
-def functions_of(engine: Engine) -> tuple[Any, Any, Any]:
+def functions_of(engine: Engine) -> tuple[Any, Any, Any, Any]:
     """An engine's functions of the user's own."""
     batcher, step_time = engine.batcher, engine.step_time
     return (
         batcher.rule if isinstance(batcher, CustomBatcher) else None,
         step_time.rule if isinstance(step_time, CustomStepTime) else None,
+        None,
         None,
     )
 
@@ -222,10 +240,18 @@ def fleet_parameters(
     own = {functions_of(engine) for engine in cluster.engines()}
     if len(own) > 1:
         raise ValueError("the pools of a fleet must have the same rules of one's own, or none")
-    functions = (*own.pop()[:2], cluster.own_router())
-    counts = [pool.workers for pool in cluster.pools]
+    planner = cluster.scaling.rule if isinstance(cluster.scaling, CustomPlanner) else None
+    functions = (*own.pop()[:2], cluster.own_router(), planner)
+    counts = cluster.places()
     blocks = [row["blocks"] for row in rows]
-    key = ("fleet", cluster.pools, cluster.overheads.per_step, *cluster.kernel().values())
+    key = (
+        "fleet",
+        cluster.pools,
+        cluster.control_plane,
+        cluster.scaling,
+        cluster.overheads.per_step,
+        *cluster.kernel().values(),
+    )
     (place,) = shared.place(key, lambda: shared.put_fleet(rows, cluster))
     caching = next((row for row in rows if row["caching"]), rows[0])  # all that cache have blocks of one size
     row = {

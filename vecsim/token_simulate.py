@@ -16,6 +16,7 @@ from vecsim.kernel.state import (
     TOO_LONG,
     Array,
     Fleet,
+    Life,
     StepRecord,
     Streams,
     TokenJob,
@@ -25,14 +26,17 @@ from vecsim.kernel.state import (
     Transfer,
 )
 from vecsim.lengths import MOST_TOKENS
+from vecsim.lives import Lives, lives_of
 from vecsim.load import OUTPUT, PROMPT, TURNS
 from vecsim.paths import Path, path_of
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_rule
 from vecsim.series import total_over_time
 from vecsim.streams import draw_streams, values_of
 from vecsim.threads import INLINE, Workers
+from vecsim.variables import CHANGING_VARIABLES
 
 BYTES_PER_REQUEST = 240  # of a thread's room
+LOGGED = 1 << 12  # events of workers' lives that there is room for
 FEW_STEPS = 1 << 14  # that there is room for where the queue is kept; more if they are too few
 
 
@@ -42,6 +46,7 @@ class TokenRun(NamedTuple):
     requests: int
     steps: StepRecord
     path: Path | None  # of a fleet that keeps prefill apart
+    lives: Lives | None  # of a fleet whose workers come and go
 
 
 def run_token_block(
@@ -91,10 +96,10 @@ def run_token_block(
         if not hasattr(own, "room"):
             own.room = room.make()
             own.record = room_for_steps(steps)
-        scratch, work, fleet, (nodes, node_of, owned, cached) = own.room
+        scratch, work, fleet, life, (nodes, node_of, owned, cached) = own.room
         return TokenJob(
             block.scenarios, block.stream, block.arrival_stream, streams, table.time_limit, measured.warmup,
-            measured.quantiles, scratch, work, fleet, nodes, node_of, owned, cached, own.record, results.metrics,
+            measured.quantiles, scratch, work, fleet, life, nodes, node_of, owned, cached, own.record, results.metrics,
             results.enqueued, status, workers.stop,
         )  # fmt: skip
 
@@ -127,7 +132,8 @@ def run_token_block(
             if keeps_requests:
                 kept = write_token_record(row, requests, job(), results.record)
                 fleet, came = own.room[2], own.room[1].own[STATE, :requests] != UNSEEN
-                latest["run"] = TokenRun(kept, made, path_of(fleet, came) if room.moves else None)
+                path = path_of(fleet, came) if room.moves else None
+                latest["run"] = TokenRun(kept, made, path, lives_of(own.room[3], came) if room.changes else None)
             if keeps_queue:
                 results.queue[row] = queue_at(measured.instants, made)
 
@@ -147,6 +153,13 @@ def keeps_apart(fleets: Any) -> bool:
     from vecsim.kernel.token_scenarios import SPLIT
 
     return any(numbers[SPLIT] > 0 for numbers in fleets)
+
+
+def comes_and_goes(fleets: Any) -> bool:
+    """Whether workers of any fleet [fleet, field] come and go."""
+    from vecsim.kernel.token_scenarios import CONTROL
+
+    return any(numbers[CONTROL] != 0 for numbers in fleets)
 
 
 def room_for_steps(steps: int) -> StepRecord:
@@ -192,7 +205,7 @@ def bad_duration(table: Table, place: int, work: TokenWork) -> str:
 def token_streams(table: Table, numbers: Streams, arrivals: Streams) -> TokenStreams:
     """Everything that requests are made of."""
     from vecsim.kernel.duration import FIELDS
-    from vecsim.kernel.token_scenarios import FLEET_FIELDS, GROUP_WORKERS
+    from vecsim.kernel.token_scenarios import FLEET_FIELDS, GROUP_FIELDS
 
     shared = table.token
     assert shared is not None
@@ -214,7 +227,9 @@ def token_streams(table: Table, numbers: Streams, arrivals: Streams) -> TokenStr
         values=joined(shared.values, np.float64),
         outside=np.zeros(1, np.int64),
         fleets=np.array(shared.fleets or np.empty((0, len(FLEET_FIELDS)))),
-        groups=np.array(shared.groups or np.empty((0, GROUP_WORKERS + 1))),
+        groups=np.array(shared.groups or np.empty((0, GROUP_FIELDS))),
+        events=np.array([*shared.events, (np.inf, 0.0)]),
+        planners=np.array(shared.planners, np.float64),
     )
 
 
@@ -231,6 +246,7 @@ class Room:
             WORKERS,
         )
 
+        assert table.token is not None
         column = {name: block.scenarios[:, i] for i, name in enumerate(FIELDS)}
         self.requests = block.most_requests + 1
         self.slots = int(column["slots"].max())
@@ -245,6 +261,9 @@ class Room:
         credits = fleets[:, [at + ROUTER_FIELDS.index("credit") for at in (ROUTER, PREFILL_ROUTER)]]
         self.looks_inside = self.caching and bool(credits.any())
         self.moves = keeps_apart(fleets)
+        self.changes = comes_and_goes(fleets)
+        self.counts_changes = comes_and_goes(table.token.fleets)  # in other blocks too
+        self.logged = LOGGED if self.changes else 0
         merging = fleets[:, TRANSFER + Transfer._fields.index("merges")] != 0
         most = streams.groups[:, FIELDS.index("blocks")].max(initial=0)
         self.placed = int(most) if merging.any() else 0
@@ -312,7 +331,7 @@ class Room:
             nodes = max(nodes, int(min(blocks, own_ids + own_with + 2 * self.requests)) + 4)
         return ids, with_ids, nodes
 
-    def make(self) -> tuple[TokenScratch, TokenWork, Fleet, tuple[Array, Array, Array, Array]]:
+    def make(self) -> tuple[TokenScratch, TokenWork, Fleet, Life, tuple[Array, Array, Array, Array]]:
         """Room for one thread."""
         from vecsim.kernel import token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
@@ -373,7 +392,7 @@ class Room:
             whole(OWNED_ROWS, requests),
             np.zeros(self.with_ids + 1 if self.caching else 0, np.uint8),
         )
-        return scratch, work, self.make_fleet(), cache
+        return scratch, work, self.make_fleet(), self.make_life(), cache
 
     def make_fleet(self) -> Fleet:
         """Room for the largest fleet of a block; of no worker where there is none."""
@@ -403,7 +422,11 @@ class Room:
             group=whole(workers),
             put=number(workers, PLACE_WORDS),
             blocks=number(workers),
+            all_blocks=number(1),
             fits=np.zeros(self.kinds, np.uint8),
+            present=number(self.kinds),
+            away=np.zeros(workers, np.uint8),
+            ghosts=number(workers),
             sent=number(workers),
             sent_blocks=number(workers),
             sent_new=number(workers),
@@ -452,6 +475,34 @@ class Room:
             node_of=whole(workers, self.ids if self.caching else 0),
             seen=np.zeros((workers, places(self.ids) if self.looks_inside else 0)),
             parts=np.zeros(MEANS if self.moves else 0),
+        )
+
+    def make_life(self) -> Life:
+        """Room for the lives of workers, where those of any scenario of a block change."""
+        from vecsim.kernel import life
+        from vecsim.scaling import MEMORY, VIEW_ARRAYS
+
+        workers = self.workers if self.changes else 0
+        n = self.requests if self.changes else 0
+        leaves = 1 << max(self.workers - 1, 1).bit_length()
+        return Life(
+            whole=np.zeros((life.WHOLE_ROWS, workers), np.int64),
+            due=np.zeros((life.DUE_ROWS, workers)),
+            clock=np.zeros(2 * leaves),
+            spent=np.zeros((life.SPENT_ROWS, workers)),
+            fate=np.zeros((life.FATE_ROWS, n), np.int32),
+            rings=np.zeros((life.RING_ROWS, n)),
+            alarms=np.zeros(n, np.int32),
+            lost=np.zeros(n, np.int32),
+            numbers=np.zeros(life.NUMBERS, np.int64),
+            times=np.zeros(life.TIMES),
+            log=np.zeros((4, self.logged)),
+            events=np.zeros((0, life.EVENT_FIELDS)),
+            shown=np.zeros((len(VIEW_ARRAYS), workers)),
+            sums=np.zeros(life.PLANNER_SUMS),
+            planner=np.zeros(0),
+            memory=np.zeros(MEMORY),
+            metrics=np.zeros(len(CHANGING_VARIABLES) if self.counts_changes else 0),
         )
 
 

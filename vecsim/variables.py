@@ -190,6 +190,21 @@ APART_VARIABLES = (
     ),
 )
 
+# Of fleets whose workers come and go, in the order of `vecsim.kernel.life`
+CHANGING_VARIABLES = (
+    Variable("failed", "requests failed", "requests", "that lost their worker, or found none", whole=True),
+    Variable("migrations", "migrations", "migrations", "of requests whose worker crashed to another one", whole=True),
+    Variable("retries", "retries", "retries", "of requests that could not be sent to their worker", whole=True),
+    Variable("crashes", "crashes", "crashes", "of workers that were ready or draining", whole=True),
+    Variable("scale_ups", "workers added", "workers", "by the planner", whole=True),
+    Variable("scale_downs", "workers removed", "workers", "by the planner", whole=True),
+    Variable("gpu_hours", "GPU-hours", "GPU-hours", "of workers that start, are ready or drain"),
+    Variable("gpu_seconds_per_request", "GPU-seconds per request", "GPU-seconds", "for each completed request"),
+    Variable(
+        "attained_per_gpu_hour", "requests within the SLO per GPU-hour", "requests/GPU-hour", "goodput for what it cost"
+    ),
+)
+
 # Parts of the time to first token, in the order in which they pass
 PARTS = (
     "before routing",
@@ -242,11 +257,12 @@ def metric_variables(token: bool) -> tuple[Variable, ...]:
     return TOKEN_VARIABLES if token else TICK_VARIABLES
 
 
-def row_width(token: bool, quantiles: int, classes: int = 0, apart: bool = False) -> int:
-    """Numbers in a row of metrics; `apart` is whether prefill is kept apart."""
+def row_width(token: bool, quantiles: int, classes: int = 0, apart: bool = False, changing: bool = False) -> int:
+    """Numbers in a row of metrics; whether prefill is kept apart, and workers come and go."""
     variables = metric_variables(token)
     stats = sum(variable.over_stat for variable in variables)
     more = len(APART_VARIABLES) - 1 + len(PARTS) if apart else 0
+    more += len(CHANGING_VARIABLES) if changing else 0
     return stats * (quantiles + 2) + len(variables) - stats + len(CLASS_VARIABLES) * classes + more
 
 

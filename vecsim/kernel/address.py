@@ -20,11 +20,14 @@ from vecsim.kernel.state import (
     Array,
     Batch,
     Cache,
+    Control,
     Fleet,
     Formula,
+    Life,
     Memory,
     Outcome,
     Place,
+    PlannerView,
     Policy,
     Requests,
     Router,
@@ -58,11 +61,21 @@ FLOATS, WHOLES, NUMBERS, BYTES = (np.empty(0, kind) for kind in KINDS)
 FLOAT_ROWS, WHOLE_ROWS, NUMBER_ROWS, _ = (np.empty((0, 0), kind) for kind in KINDS)
 
 # What a function of the user's own is given
-GIVEN: dict[str, Any] = {"tick": Batch, "token": TokenBatch, "step": StepBatch, "router": RouterView}
-BATCHES = {
-    kind: numba.typeof(like(given, **dict.fromkeys(given._fields[:8], FLOATS) if kind == "router" else {}))
-    for kind, given in GIVEN.items()
+GIVEN: dict[str, Any] = {
+    "tick": Batch,
+    "token": TokenBatch,
+    "step": StepBatch,
+    "router": RouterView,
+    "planner": PlannerView,
 }
+ARRAYS = {"router": RouterView._fields[:8], "planner": PlannerView._fields[:11]}
+BATCHES = {
+    kind: numba.typeof(like(given, **dict.fromkeys(ARRAYS.get(kind, ()), FLOATS))) for kind, given in GIVEN.items()
+}
+
+# The arguments of a function of the user's own; a planner's has an array to remember things in too
+OWN_ARGUMENTS: dict[str, tuple[Any, ...]] = {kind: (given,) for kind, given in BATCHES.items()}
+OWN_ARGUMENTS["planner"] += (numba.typeof(FLOATS),)
 
 # The arguments of the step loop of each model, in their order
 TICK_LOOP = (
@@ -141,12 +154,25 @@ WORLD = Placed(
                 links=links_for(0, 0),
                 allocator=allocator_for(0, 0, False),
                 **dict.fromkeys(
-                    ("blocks", "sent", "sent_blocks", "sent_new", "turn", "between", "waiting", "unmeasured"), NUMBERS
+                    (
+                        "blocks",
+                        "all_blocks",
+                        "present",
+                        "ghosts",
+                        "sent",
+                        "sent_blocks",
+                        "sent_new",
+                        "turn",
+                        "between",
+                        "waiting",
+                        "unmeasured",
+                    ),
+                    NUMBERS,
                 ),
                 **dict.fromkeys(("counts", "late", "put"), NUMBER_ROWS),
                 **dict.fromkeys(("clock", "moved", "left", "bandwidths", "parts"), FLOATS),
                 **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at", "seen", "survey"), FLOAT_ROWS),
-                **dict.fromkeys(("fits", "own_blocks"), BYTES),
+                **dict.fromkeys(("fits", "away", "own_blocks"), BYTES),
                 **dict.fromkeys(
                     ("way", "own", "owned", "node_of", "next_block", "chains", "places", *SLOTS), WHOLE_ROWS
                 ),
@@ -156,6 +182,15 @@ WORLD = Placed(
             router=like(Router),
             prefill_router=like(Router),
             transfer=like(Transfer),
+            control=like(Control),
+            life=like(
+                Life,
+                **dict.fromkeys(("due", "spent", "rings", "log", "events", "shown"), FLOAT_ROWS),
+                **dict.fromkeys(("clock", "times", "sums", "planner", "memory", "metrics"), FLOATS),
+                whole=NUMBER_ROWS,
+                fate=WHOLE_ROWS,
+                numbers=NUMBERS,
+            ),
             groups=FLOAT_ROWS,
             **dict(zip(("tables", "load", "work", "cache", "record"), TOKEN_TUPLES[2:], strict=True)),
             time_limit=0.0,
@@ -163,9 +198,14 @@ WORLD = Placed(
             stop=BYTES,
             own_rule=0,
             own_duration=0,
+            own_planner=0,
+            live=0,
         )
     )
 )
+
+# What is called at the events of workers' lives
+LIVE = (WORLD, TIME, COUNT)
 
 
 def compiled(dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
@@ -214,5 +254,8 @@ call_step_time = caller((BATCHES["step"],), TIME)
 call_token_loop = caller(TOKEN_LOOP, COUNT)
 found = finder(PLACE)
 call_fleet_loop = caller((WORLD,), COUNT)
+call_live = caller(LIVE, COUNT)
+PLANNED = numba.types.UniTuple(COUNT, 2)
+call_planner = caller(OWN_ARGUMENTS["planner"], PLANNED)
 TICK_OUTCOME = numba.typeof(like(Outcome))
 call_tick_loop = caller(TICK_LOOP, TICK_OUTCOME)

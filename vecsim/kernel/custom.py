@@ -17,8 +17,10 @@ from typing import Any, cast
 import numba
 
 from vecsim.kernel.address import (
-    BATCHES,
     COUNT,
+    LIVE,
+    OWN_ARGUMENTS,
+    PLANNED,
     TICK_LOOP,
     TICK_OUTCOME,
     TIME,
@@ -48,7 +50,7 @@ def guarded(run: Callable[..., Any], name: str) -> Callable[..., Any]:
 @functools.cache
 def return_type(rule: Any, kind: str) -> Any:
     """What a jitted rule returns when it's given a batch (a numba type)."""
-    return compiled(rule, (BATCHES[kind],)).signature.return_type
+    return compiled(rule, OWN_ARGUMENTS[kind]).signature.return_type
 
 
 @functools.cache
@@ -72,12 +74,20 @@ def make_run_scenarios(rule: Any, job: Job) -> Callable[[int, int, Job], Outcome
 @functools.cache
 def rule_address(rule: Any, kind: str, returned: Any) -> tuple[Any, int]:
     """A function of the user's own that returns just that type, and its address."""
+    if kind == "planner":
 
-    @numba.njit(**OPTIONS)
-    def own(batch):
-        return returned(rule(batch))
+        @numba.njit(**OPTIONS)
+        def own(view, memory):
+            prefill, decode = rule(view, memory)
+            return COUNT(prefill), COUNT(decode)
 
-    return own, address_of(own, (BATCHES[kind],), returned)
+    else:
+
+        @numba.njit(**OPTIONS)
+        def own(batch):
+            return returned(rule(batch))
+
+    return own, address_of(own, OWN_ARGUMENTS[kind], returned)
 
 
 COMPILE_BESIDE = """
@@ -106,29 +116,36 @@ def compile_beside(kinds: tuple[Any, ...]) -> "subprocess.Popen[bytes]":
     return helper
 
 
-def token_kernel(own: tuple[Any, Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
-    """`run_token_scenarios` with a rule, step time and router of the user's own, None where there is none."""
+def token_kernel(own: tuple[Any, Any, Any, Any], job: TokenJob) -> Callable[[int, int, TokenJob], tuple[int, int]]:
+    """`run_token_scenarios` with a rule, step time, router and planner of the user's own, None where there is none."""
     from vecsim.kernel.token import simulate
     from vecsim.kernel.token_scenarios import run_token_scenarios
 
-    rule, step_time, router = own
+    rule, step_time, router, planner = own
     rule_at = rule_address(rule, "token", COUNT)[1] if rule is not None else 0
     step_time_at = rule_address(step_time, "step", TIME)[1] if step_time is not None else 0
     router_at = rule_address(router, "router", COUNT)[1] if router is not None else 0
-    kinds = (*[COUNT] * 7, numba.typeof(job))
+    planner_at = rule_address(planner, "planner", PLANNED)[1] if planner is not None else 0
+    kinds = (*[COUNT] * 9, numba.typeof(job))
     helper = None
     if not (is_compiled("simulate") or is_compiled("run_token_scenarios")):
         helper = compile_beside(kinds)
     loop = address_of(simulate, TOKEN_LOOP, COUNT)
-    fleet_loop = 0
+    fleet_loop = live_at = 0
     if job.fleet.group.size > 0:
         from vecsim.kernel.fleet import simulate_fleet
 
         fleet_loop = address_of(simulate_fleet, (WORLD,), COUNT)
+    if job.life.whole.size > 0:
+        from vecsim.kernel.losses import live
+
+        live_at = address_of(live, LIVE, COUNT)
     if helper is not None:
         helper.wait()
     scenarios = compiled(run_token_scenarios, kinds).entry_point
-    run = functools.partial(scenarios, loop, fleet_loop, rule_at, step_time_at, router_at)
+    run = functools.partial(
+        scenarios, loop, fleet_loop, live_at, rule_at, step_time_at, router_at, planner_at
+    )  # fmt: skip
     names = " or ".join(function.py_func.__name__ for function in own if function is not None)
 
     return guarded(run, names) if names else run

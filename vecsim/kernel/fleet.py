@@ -12,32 +12,56 @@ hold for it stays until it has moved to the worker that decodes.
 import numpy as np
 
 from vecsim.kernel import links, tree
+from vecsim.kernel.address import call_live
 from vecsim.kernel.handover import (
     NOTICE,
     WAITS_FOR,
     all_flowed,
+    arrive,
     feed,
     flow,
     gives_way,
-    go_elsewhere,
-    is_answered,
-    is_remote,
     join,
     landed,
+    let_others_know,
     make_room,
     next_timer,
-    prefilled,
+    note_arrival,
     reset_handover,
     retry,
     take_timer,
 )
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
+from vecsim.kernel.life import (
+    ALARMS,
+    CAME_HERE,
+    CHOSEN,
+    CHOSEN_PREFILL,
+    CRASHES_METRIC,
+    CRASHES_SEEN,
+    DOOM,
+    DOWNS,
+    DOWNS_METRIC,
+    FAILED_METRIC,
+    HOURS_METRIC,
+    LIVE,
+    MIGRATIONS,
+    MIGRATIONS_METRIC,
+    ON,
+    RETRIES,
+    RETRIES_METRIC,
+    SERVING,
+    UPS,
+    UPS_METRIC,
+    next_of_life,
+    reset_life,
+    spend,
+)
 from vecsim.kernel.parts import write_parts
-from vecsim.kernel.places import DESTINATION, free_places, reset_places
-from vecsim.kernel.routing import DECODES_AT, looks_inside, route
+from vecsim.kernel.places import reset_places
+from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, looks_inside
 from vecsim.kernel.state import (
-    BEGINS,
     COASTING,
     DONE,
     GOES_ON,
@@ -51,60 +75,45 @@ from vecsim.kernel.token import (
     MOST_STEPS,
     due_at,
     forget_steps,
-    issue_after_drop,
     next_issued,
-    report,
     reset_requests,
     take_arrival,
 )
-from vecsim.kernel.token_scenarios import memory_of
+from vecsim.kernel.token_scenarios import GROUP_GPUS, GROUP_WORKERS, policy_of
 from vecsim.kernel.token_state import (
-    BACKLOG,
-    BUSY,
-    COMPUTED,
+    BLOCK_SECONDS,
     DECODE,
-    DROPPED,
-    DROPPED_AT_ONCE,
     END_TIME,
     ENDED,
     ENQUEUED,
+    FAILED,
     FORESEEN,
     GAP_BINS,
     GAP_HIGH,
     GAP_LOW,
-    GAP_MAX,
-    GAP_SUM,
-    GAPS,
     GENERATED,
-    HIT_TOKENS,
     HORIZON,
     ISSUED,
-    MAX_QUEUE,
     MEASURING,
-    PEAK,
     PREEMPTED,
-    PROMPT_TOKENS,
+    PREEMPTIONS,
+    QUEUED,
     REPORTED,
-    RUNNING,
-    SCHEDULED,
+    SLOT_SECONDS,
     STATE,
     STEP,
-    STEPS,
-    TOKENS,
-    USED,
+    UNSEEN,
     WAITING,
-    blocks_for,
 )
 from vecsim.kernel.world import (
     TROUBLE,
-    assign,
+    add_up,
+    begin_anew,
     bring_up,
     is_behind,
-    judge,
     kind_of,
     note_load,
     prefills_only,
-    send,
     settle_in,
     visit,
 )
@@ -120,78 +129,27 @@ def reset(world):
     counts, requests = work.counts, world.load.prompt_tokens.size
     work.gaps[counts[GAP_LOW] : counts[GAP_HIGH] + 1] = 0
     counts[:] = 0
+    counts[GAP_LOW] = GAP_BINS
     work.sums[:] = 0.0
+    fleet.all_blocks[0] = 0
     reset_requests(work.own, work.times, cache.owned, requests, cache.owned.size > 0)
     fleet.before[:requests] = -1
-    for worker in range(fleet.group.size):
-        fleet.sent[unsigned(worker)] = 0
-        fleet.sent_blocks[unsigned(worker)] = 0
-        fleet.sent_new[unsigned(worker)] = 0
     fleet.turn[:] = 0
     fleet.clock[:] = np.inf
     fleet.loads[:] = np.inf
     reset_handover(world, requests)
     for worker in range(fleet.group.size):
-        settle_in(world, worker, False)
-        visit(world, worker, whole(BEGINS), 0.0)
+        fleet.away[unsigned(worker)] = fleet.ghosts[unsigned(worker)] = 0
+        begin_anew(world, worker, 0.0)
         fleet.blocks[unsigned(worker)] = fleet.counts[unsigned(worker), FREE]
+        fleet.all_blocks[0] += fleet.blocks[unsigned(worker)]
         note_load(world, worker)
+    for group in range(world.groups.shape[0]):
+        fleet.present[unsigned(group)] = whole(world.groups[unsigned(group), GROUP_WORKERS])
+    if world.control.changes:
+        reset_life(world)
     if world.transfer.merges:
         reset_places(world)
-
-
-@bare
-def arrive(world, request, t):
-    """A request has come to the router; returns whether the one after it could be issued."""
-    fleet, work = world.fleet, world.work
-    turn = fleet.turn[world.router.place]
-    worker = route(world, world.router, request, judge(world, world.router, request), t)
-    if worker < 0:
-        work.counts[ENQUEUED] += 1
-        work.counts[DROPPED] += 1
-        work.own[STATE, unsigned(request)] = DROPPED_AT_ONCE
-        return issue_after_drop(work, world.load, t)
-    bring_up(world, worker, t)
-    expected = fleet.expected[unsigned(request)]
-    if world.split.prefill_workers > 0 and is_remote(world, request, worker, t):
-        fleet.expected[unsigned(request)] = expected  # which the other router may have changed
-        if not world.split.reserves_first:  # it was only asked for
-            fleet.turn[world.router.place] = turn
-        go_elsewhere(world, request, worker, t)
-        return True
-    fleet.way[DECODES_AT, unsigned(request)] = worker
-    fleet.expected[unsigned(request)] = expected
-    work.own[COMPUTED, unsigned(request)] = work.own[GENERATED, unsigned(request)] = 0
-    assign(world, request, worker, whole(1))
-    send(world, request, worker, t)
-    return True
-
-
-@bare
-def let_others_know(world, worker, t):
-    """A step has ended at `t`: others learn of the requests that have ended in it.
-
-    Returns whether what follows them could be issued.
-    """
-    fleet, load = world.fleet, world.load
-    w = unsigned(worker)
-    first = whole(fleet.counts[w, REPORTED])
-    report(fleet.counts[w], fleet.own if prefills_only(world, worker) else world.work.own, fleet.ended[w])
-    note_load(world, worker)
-    for i in range(first, fleet.counts[w, ENDED]):
-        request = whole(fleet.ended[w, unsigned(i)])
-        if prefills_only(world, worker):
-            if not prefilled(world, request, worker, t):
-                return False
-            continue
-        if world.transfer.merges:
-            memory = memory_of(world.groups[kind_of(world, worker)])
-            tokens = load.prompt_tokens[unsigned(request)] + load.output_tokens[unsigned(request)] - 1
-            held = blocks_for(whole(tokens), memory.block_size, memory.shift)
-            free_places(world, whole(DESTINATION), request, worker, held)
-        if not is_answered(world, request, t):
-            return False
-    return True
 
 
 @inlined
@@ -224,6 +182,8 @@ def go_on(world, worker, kind, due, users_wait):
     until = min(due, world.time_limit)
     if world.split.prefill_workers > 0:
         until = min(until, next_move(world))
+    if world.control.changes:
+        until = min(until, next_of_life(world))
     measures = fleet.sums[w, END_TIME] >= world.warmup
     if measures and fleet.counts[w, MEASURING] == 0:
         if world.warmup > 0.0:
@@ -235,7 +195,7 @@ def go_on(world, worker, kind, due, users_wait):
         until = min(until, world.warmup)
         horizon = min(horizon, world.warmup)
     fleet.sums[w, HORIZON] = 0.0 if looks_inside(world.router) or looks_inside(world.prefill_router) else horizon
-    if users_wait or world.split.prefill_workers > 0:
+    if users_wait or world.split.prefill_workers > 0 or world.control.changes:
         tree.put(fleet.clock, worker, np.inf)
         until = min(until, fleet.clock[1])
     if fleet.waiting[unsigned(2 * worker)] >= 0:  # step by step: each may free blocks
@@ -277,6 +237,8 @@ def simulate_fleet(world):
     time_limit, between = world.time_limit, fleet.between
     apart = split.prefill_workers > 0
     users_wait = load.closed or load.follower.size > 0
+    changes = world.control.changes
+    life_due = np.inf
     reset(world)
 
     static = min(load.static, load.prompt_tokens.size)
@@ -294,25 +256,36 @@ def simulate_fleet(world):
             moving_due = next_move(world)
         due = min(static_due, dynamic_due)
         t = min(moving_due, due, fleet.clock[1])
+        if changes:
+            life_due = next_of_life(world)
+            if due == np.inf and world.life.numbers[LIVE] == 0 and time_limit == np.inf:
+                break
+            t = min(t, life_due)
         if t >= time_limit or t == np.inf:
             break
         now = t
         issued = True
-        if moving_due == t:
+        if changes and life_due == t:
+            issued = call_live(world.live, (world, t, whole(-1))) != 0
+        elif moving_due == t:
             move_on(world, t)
         elif due == t:
             request, static_due, dynamic_due = take_arrival(work, load, static, static_due, dynamic_due)
+            if changes:
+                note_arrival(world, request)
             issued = arrive(world, request, t)
         else:
             worker = tree.first(fleet.clock)
             w = unsigned(worker)
             prefills, waits = prefills_only(world, worker), fleet.waiting[unsigned(2 * worker)] >= 0
-            stops = users_wait or prefills or waits or world.transfer.merges
+            stops = users_wait or prefills or waits or changes or world.transfer.merges
             if stops and is_behind(world, worker, t):
                 bring_up(world, worker, t)
                 tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
                 continue
-            if stops and fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
+            if changes and world.life.whole[DOOM, w] != 0:
+                issued = call_live(world.live, (world, t, whole(worker))) != 0
+            elif stops and fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
                 issued = let_others_know(world, worker, t)
             else:
                 if prefills and split.queued:
@@ -342,38 +315,54 @@ def gather(world, status):
     """Make the numbers of all workers those of one engine."""
     fleet, work, time_limit = world.fleet, world.work, world.time_limit
     counts, sums, own = work.counts, work.sums, work.own
-    counts[GAP_LOW] = GAP_BINS
-    end = 0.0
-    blocks = fleet.blocks.sum()
     for worker in range(fleet.group.size):
-        w = unsigned(worker)
-        its, its_sums = fleet.counts[w], fleet.sums[w]
-        if its[MEASURING] == 0:
-            forget_steps(its, its_sums, fleet.unmeasured)
-        end = max(end, its_sums[END_TIME])
-        counts[GAP_LOW] = min(counts[GAP_LOW], its[GAP_LOW])
-        counts[GAP_HIGH] = max(counts[GAP_HIGH], its[GAP_HIGH])
-        counts[GAPS] += its[GAPS]
-        counts[WAITING] += its[WAITING]
-        counts[RUNNING] += its[RUNNING]
-        counts[PREEMPTED] += its[PREEMPTED]
-        counts[ENQUEUED] += its[ENQUEUED]
-        counts[STEPS] += its[STEPS]
-        counts[SCHEDULED] += its[SCHEDULED]
-        counts[TOKENS] += its[TOKENS]
-        counts[PROMPT_TOKENS] += its[PROMPT_TOKENS]
-        counts[HIT_TOKENS] += its[HIT_TOKENS]
-        counts[MAX_QUEUE] = max(counts[MAX_QUEUE], its[MAX_QUEUE])
-        counts[PEAK] = max(counts[PEAK], its[PEAK] * blocks // fleet.blocks[w])
-        sums[GAP_SUM] += its_sums[GAP_SUM]
-        sums[GAP_MAX] = max(sums[GAP_MAX], its_sums[GAP_MAX])
-        sums[BUSY] += its_sums[BUSY]
-        sums[USED] += its_sums[USED]
-        sums[BACKLOG] += its_sums[BACKLOG]
+        add_up(world, worker)
+    if world.control.changes:
+        counts[WAITING] += world.life.numbers[ALARMS]
+        counts[ENQUEUED] = 0
     for request in range(world.load.prompt_tokens.size):
         r = unsigned(request)
         if own[STATE, r] == DECODE:  # as `generated` will have it of one engine that has not made a step
             own[GENERATED, r] -= fleet.counts[unsigned(fleet.way[DECODES_AT, r]), STEP]
+        if world.control.changes:
+            own[PREEMPTIONS, r] -= world.life.fate[INTERRUPTED, r]
+            fleet.way[DECODES_AT, r] = world.life.fate[CHOSEN, r] - 1
+            fleet.way[PREFILLS_AT, r] = world.life.fate[CHOSEN_PREFILL, r] - 1
+            if own[STATE, r] == UNSEEN and world.life.fate[CAME_HERE, r] != 0:  # on its way to a worker
+                own[STATE, r] = QUEUED
+                counts[WAITING] += 1
+            counts[ENQUEUED] += own[STATE, r] != UNSEEN
     if status == DONE and time_limit < np.inf:
-        end = max(end, time_limit)
-    sums[END_TIME] = end
+        sums[END_TIME] = max(sums[END_TIME], time_limit)
+    if world.control.changes:
+        count_changes(world)
+    elif world.life.metrics.size > 0:
+        world.life.metrics[:] = 0.0
+        for group in range(world.groups.shape[0]):
+            p = world.groups[unsigned(group)]
+            spent = max(sums[END_TIME] - world.warmup, 0.0)
+            world.life.metrics[HOURS_METRIC] += p[GROUP_WORKERS] * p[GROUP_GPUS] * spent / 3600.0
+
+
+@bare
+def count_changes(world):
+    """Tell what has happened to workers, what they cost and had to offer, and what became of requests."""
+    life, work = world.life, world.work
+    out, sums = life.metrics, work.sums
+    out[:] = 0.0
+    for worker in range(world.fleet.group.size):
+        w = unsigned(worker)
+        spend(world, worker, sums[END_TIME])
+        p = world.groups[kind_of(world, worker)]
+        sums[SLOT_SECONDS] += life.spent[SERVING, w] * policy_of(p).slots
+        sums[BLOCK_SECONDS] += life.spent[SERVING, w] * world.fleet.blocks[w]
+        out[HOURS_METRIC] += life.spent[ON, w] * p[GROUP_GPUS] / 3600.0
+    for request in range(world.load.prompt_tokens.size):
+        r = unsigned(request)
+        if work.own[STATE, r] != UNSEEN and world.load.arrived_at[r] >= world.warmup:
+            out[FAILED_METRIC] += work.own[STATE, r] == FAILED
+            out[MIGRATIONS_METRIC] += life.fate[MIGRATIONS, r]
+            out[RETRIES_METRIC] += life.fate[RETRIES, r]
+    out[CRASHES_METRIC] = life.numbers[CRASHES_SEEN]
+    out[UPS_METRIC] = life.numbers[UPS]
+    out[DOWNS_METRIC] = life.numbers[DOWNS]

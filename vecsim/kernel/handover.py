@@ -4,14 +4,38 @@ import numpy as np
 
 from vecsim import transfer as transfers
 from vecsim.kernel import kv, links, tree
-from vecsim.kernel.heap import pop, push
+from vecsim.kernel.heap import pop, push, rise
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
+from vecsim.kernel.life import (
+    BROKEN_ON,
+    CAME,
+    CAME_HERE,
+    CAME_TOKENS,
+    CHOSEN,
+    CHOSEN_PREFILL,
+    GAPS_SEEN,
+    GAPS_SUM,
+    HOLDS,
+    LEARNS_AT,
+    LEFT_BY_END,
+    LEFT_TOKENS,
+    LIVE,
+    NOBODY,
+    NOT_SENT,
+    NOT_SENT_ON,
+    NOT_SENT_TO_PREFILL,
+    TARGET,
+    TTFT_SUM,
+    is_up,
+    set_alarm,
+    turn_off_if_done,
+)
 from vecsim.kernel.placed import fetched
 from vecsim.kernel.places import DESTINATION, SOURCE, free_places, runs_to_move, take_places
 from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, could_hold, not_started, outstanding, route
 from vecsim.kernel.state import RESERVED
-from vecsim.kernel.token import follow_up, let_ended_go, reset_requests
+from vecsim.kernel.token import follow_up, issue_after_drop, let_ended_go, report, reset_requests
 from vecsim.kernel.token_batch import give_back, reservation, take_blocks, yield_blocks
 from vecsim.kernel.token_scenarios import memory_of, policy_of
 from vecsim.kernel.token_state import (
@@ -19,9 +43,12 @@ from vecsim.kernel.token_state import (
     BLOCKS,
     COMPUTED,
     DECODING,
+    DROPPED,
+    DROPPED_AT_ONCE,
     ENDED,
     ENDED_AT,
     ENQUEUED,
+    FAILED,
     FIRST_AT,
     GENERATED,
     GONE,
@@ -50,6 +77,7 @@ from vecsim.kernel.token_state import (
     full_blocks,
 )
 from vecsim.kernel.world import (
+    EVER,
     assign,
     bring_up,
     cache_of,
@@ -64,8 +92,12 @@ from vecsim.kernel.world import (
 )
 
 # Rows of `way` [request] after `PREFILLS_AT` and `DECODES_AT`: whether it prefills elsewhere than it decodes; the one
-# after it in a list; what its timer is for
-REMOTE, NEXT, WAITS_FOR, WAY_ROWS = range(2, 6)
+# after it in a list; what its timer is for; where it is
+REMOTE, NEXT, WAITS_FOR, STAGE, WAY_ROWS = range(2, 7)
+
+# Where a request is: at the worker that decodes it, in the line for blocks there, in the queue for prefill, at the
+# worker that prefills it, or on its way from there
+NOWHERE, AT_DECODE, FOR_RESERVATION, FOR_PREFILL, AT_PREFILL, MOVING = range(6)
 
 # When a request's timer is due, its bytes begin to flow, or their arrival is noticed
 FLOW, NOTICE = range(2)
@@ -77,8 +109,9 @@ RESERVED_AT, TO_PREFILL_AT, PREFILLED_AT, TRANSFER_AT, NOTICED_AT, DUE, SENT_AT,
     range(10)
 )
 
-# Places in `between`, whole numbers of a fleet: timers that run; the queue for prefill, and how many are in it
-TIMERS, QUEUE_FIRST, QUEUE_LAST, QUEUED_FOR_PREFILL = range(1, 5)
+# Places in `between`, whole numbers of a fleet: timers that run; the queue for prefill, how many are in it, and
+# their prompts' tokens
+TIMERS, QUEUE_FIRST, QUEUE_LAST, QUEUED_FOR_PREFILL, QUEUED_TOKENS = range(1, 6)
 
 # Rules of local prefill, in the order of `vecsim.fleet.LOCAL_RULES`
 ALWAYS_REMOTE, QUEUE_AND_LENGTH, PROMPT_LENGTH, PREFILL_LOAD, LENGTH_OR_LOAD = range(5)
@@ -210,6 +243,7 @@ def reset_handover(world, requests):
     workers = fleet.group.size
     fleet.way[:REMOTE, :requests] = -1
     fleet.way[REMOTE, :requests] = 0
+    fleet.way[STAGE, :requests] = NOWHERE
     fleet.waiting[:] = -1
     fleet.between[:] = 0
     fleet.between[QUEUE_FIRST] = -1
@@ -230,7 +264,11 @@ def arrive_at_prefill(world, request, worker, t):
     fleet = world.fleet
     r = unsigned(request)
     fleet.way[PREFILLS_AT, r] = worker
+    note_choice(world, request, worker)
+    fleet.way[STAGE, r] = AT_PREFILL
     fleet.instants[SENT_AT, r] = t
+    if world.control.changes:
+        world.life.whole[HOLDS, unsigned(worker)] += 1
     fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
     fleet.own[KV, r] = PINNED
     assign(world, request, worker, whole(1))
@@ -268,7 +306,13 @@ def go_to_prefill(world, request, t):
     fleet.instants[TO_PREFILL_AT, unsigned(request)] = t
     able = judge(world, world.prefill_router, request)
     if not world.split.queued:
-        arrive_at_prefill(world, request, route(world, world.prefill_router, request, able, t), t)
+        worker = route(world, world.prefill_router, request, able, t)
+        if worker < 0:
+            set_alarm(world, request, t, whole(NOBODY))
+        elif is_up(world, worker):
+            arrive_at_prefill(world, request, worker, t)
+        else:
+            miss(world, request, worker, whole(NOT_SENT_TO_PREFILL), t)
         return
     worker = idle_prefill_worker(world) if fleet.between[QUEUE_FIRST] < 0 else -1
     if worker >= 0:
@@ -276,6 +320,8 @@ def go_to_prefill(world, request, t):
     else:
         put_in(fleet.between, whole(QUEUE_FIRST), fleet.way, request)
         fleet.between[QUEUED_FOR_PREFILL] += 1
+        fleet.between[QUEUED_TOKENS] += world.load.prompt_tokens[unsigned(request)]
+        fleet.way[STAGE, unsigned(request)] = FOR_PREFILL
 
 
 @bare
@@ -291,6 +337,7 @@ def feed(world, t):
             break
         take_out(between, whole(QUEUE_FIRST), fleet.way)
         between[QUEUED_FOR_PREFILL] -= 1
+        between[QUEUED_TOKENS] -= world.load.prompt_tokens[unsigned(request)]
         queued_at = fleet.instants[TO_PREFILL_AT, unsigned(request)]
         world.work.sums[BACKLOG] += max(t - max(queued_at, world.warmup), 0.0)
         arrive_at_prefill(world, request, worker, t)
@@ -346,7 +393,7 @@ def try_to_reserve(world, request, worker, t):
 @bare
 def on_reserved(world, request, t):
     """A request's blocks are reserved: it goes on to what comes next."""
-    if world.split.reserves_first:
+    if np.isnan(world.fleet.instants[PREFILLED_AT, unsigned(request)]):
         go_to_prefill(world, request, t)
     else:
         move(world, request, t)
@@ -361,7 +408,13 @@ def reserve_or_wait(world, request, t):
     if fleet.waiting[2 * worker] < 0 and try_to_reserve(world, request, worker, t):
         on_reserved(world, request, t)
         return
+    if world.split.reserves_first and not np.isnan(fleet.instants[PREFILLED_AT, unsigned(request)]):
+        # Its decode worker is another one than at first. Else two requests could wait for each other's blocks.
+        unpin(world, request, t)
+        fleet.instants[PREFILLED_AT, unsigned(request)] = np.nan
+        fleet.way[PREFILLS_AT, unsigned(request)] = -1
     put_in(fleet.waiting, 2 * worker, fleet.way, request)
+    fleet.way[STAGE, unsigned(request)] = FOR_RESERVATION
     look_again(world, worker)  # it must not run on over the next end, which may make room
 
 
@@ -376,7 +429,7 @@ def retry(world, worker, t):
             break
         take_out(fleet.waiting, first, fleet.way)
         since = work.times[SINCE, unsigned(request)]
-        if not world.split.reserves_first:
+        if not np.isnan(fleet.instants[PREFILLED_AT, unsigned(request)]):
             since = fleet.instants[PREFILLED_AT, unsigned(request)]
         work.sums[BACKLOG] += max(t - max(since, world.warmup), 0.0)
         on_reserved(world, request, t)
@@ -404,6 +457,7 @@ def move(world, request, t):
     size = memory_of(world.groups[kind_of(world, whole(fleet.way[DECODES_AT, r]))]).block_size
     tokens = whole(world.load.prompt_tokens[r]) - world.work.own[HIT, r]
     fleet.instants[TRANSFER_AT, r] = t
+    fleet.way[STAGE, r] = MOVING
     fleet.moved[r] = tokens * transfer.bytes_per_token
     fleet.left[r] = 1.0
     blocks = (tokens + size - 1) // size
@@ -486,6 +540,7 @@ def landed(world, request, t):
     own[COMPUTED, r] = 0
     own[GENERATED, r] = int(world.split.first_by_prefill)
     own[KV, r] = whole(world.load.prompt_tokens[r]) + own[GENERATED, r]
+    world.fleet.way[STAGE, r] = AT_DECODE
     send(world, request, worker, t)
 
 
@@ -499,9 +554,12 @@ def unpin(world, request, t):
         free_places(world, whole(SOURCE), request, worker, whole(0))
     if fleet.own[KV, r] == PINNED:
         fleet.own[KV, r] = 0
-        return
-    free_all(world, request, worker, whole(world.load.prompt_tokens[r]))
-    tell_of_room(world, worker, t)
+    else:
+        free_all(world, request, worker, whole(world.load.prompt_tokens[r]))
+        tell_of_room(world, worker, t)
+    if world.control.changes:
+        world.life.whole[HOLDS, unsigned(worker)] -= 1
+        turn_off_if_done(world, worker, t)
 
 
 @bare
@@ -525,23 +583,150 @@ def prefilled(world, request, worker, t):
         blocks = blocks_for(whole(load.prompt_tokens[r]), memory.block_size, memory.shift)
         take_places(world, whole(SOURCE), request, worker, blocks)
     if split.first_by_prefill:
-        work.times[FIRST_AT, r] = work.times[LAST_AT, r] = t
+        if np.isnan(work.times[FIRST_AT, r]):
+            work.times[FIRST_AT, r] = work.times[LAST_AT, r] = t
         if load.output_tokens[r] == 1:
             work.own[STATE, r] = GONE
             work.own[GENERATED, r] = 1
             work.times[ENDED_AT, r] = t
             unpin(world, request, t)
-            if split.reserves_first:
+            if fleet.way[DECODES_AT, r] >= 0:
                 release(world, request, t)
+            leave(world, request, True)
             return is_answered(world, request, t)
-    if split.reserves_first:
+    if fleet.way[DECODES_AT, r] >= 0:  # and blocks are reserved there
         move(world, request, t)
+    elif world.control.changes and world.life.rings[LEARNS_AT, r] > t:
+        fleet.way[STAGE, r] = NOWHERE
+        haunt(world, request, worker)
+        set_alarm(world, request, world.life.rings[LEARNS_AT, r], whole(BROKEN_ON))
     else:
-        at = route(world, world.router, request, judge(world, world.router, request), t)
-        fleet.way[DECODES_AT, r] = at
-        assign(world, request, at, whole(0))
-        reserve_or_wait(world, request, t)
+        choose_decode(world, request, t)
     return True
+
+
+@bare
+def choose_decode(world, request, t):
+    """Have a request whose blocks aren't reserved be decoded somewhere."""
+    worker = route(world, world.router, request, judge(world, world.router, request), t)
+    if worker < 0:
+        set_alarm(world, request, t, whole(NOBODY))
+    elif is_up(world, worker):
+        world.fleet.way[DECODES_AT, unsigned(request)] = worker
+        note_choice(world, request, worker)
+        assign(world, request, worker, whole(0))
+        reserve_or_wait(world, request, t)
+    else:
+        miss(world, request, worker, whole(NOT_SENT_ON), t)
+
+
+@inlined
+def leave(world, request, ended):
+    """A request has ended or failed."""
+    if world.control.changes:
+        life, r = world.life, unsigned(request)
+        life.numbers[LIVE] -= 1
+        if ended:
+            times, length = world.work.times, whole(world.load.output_tokens[r])
+            life.sums[LEFT_BY_END] += 1.0
+            life.sums[LEFT_TOKENS] += length
+            life.sums[TTFT_SUM] += times[FIRST_AT, r] - world.load.arrived_at[r]
+            life.sums[GAPS_SEEN] += length - 1
+            life.sums[GAPS_SUM] += times[ENDED_AT, r] - times[FIRST_AT, r]
+
+
+@inlined
+def note_choice(world, request, worker):
+    """Keep which worker was chosen last, whatever becomes of it."""
+    if world.control.changes:
+        row = CHOSEN_PREFILL if prefills_only(world, worker) else CHOSEN
+        world.life.fate[row, unsigned(request)] = worker + 1
+
+
+@bare
+def haunt(world, request, worker):
+    """Routers take a request to be at a worker, until it learns that it isn't."""
+    world.life.fate[TARGET, unsigned(request)] = worker
+    world.fleet.ghosts[unsigned(worker)] += 1
+    note_load(world, worker)
+
+
+@bare
+def miss(world, request, worker, what, t):
+    """A request was to go to a worker that isn't there: that is found out later."""
+    note_choice(world, request, worker)
+    haunt(world, request, worker)
+    world.fleet.way[STAGE, unsigned(request)] = NOWHERE
+    set_alarm(world, request, t + world.control.connect_timeout, what)
+
+
+@bare
+def note_arrival(world, request):
+    """A request comes for the first time."""
+    life = world.life
+    world.work.own[GENERATED, unsigned(request)] = 0
+    life.numbers[LIVE] += 1
+    life.fate[CAME_HERE, unsigned(request)] = 1
+    life.sums[CAME] += 1.0
+    life.sums[CAME_TOKENS] += world.load.prompt_tokens[unsigned(request)]
+
+
+@bare
+def arrive(world, request, t):
+    """A request has come to the router; returns whether the one after it could be issued."""
+    fleet, work = world.fleet, world.work
+    r = unsigned(request)
+    turn = fleet.turn[world.router.place]
+    worker = route(world, world.router, request, judge(world, world.router, request), t)
+    if worker < 0:
+        work.counts[ENQUEUED] += 1
+        if could_ever(world) and world.control.changes:
+            work.own[STATE, r] = QUEUED
+            work.times[SINCE, r] = t
+            set_alarm(world, request, t, whole(NOBODY))
+            return True
+        work.counts[DROPPED] += 1
+        work.own[STATE, r] = DROPPED_AT_ONCE
+        leave(world, request, False)
+        return issue_after_drop(work, world.load, t)
+    bring_up(world, worker, t)
+    expected = fleet.expected[r]
+    remote = world.split.prefill_workers > 0 and is_remote(world, request, worker, t)
+    if not is_up(world, worker) and not (remote and not world.split.reserves_first):
+        work.own[STATE, r] = QUEUED
+        work.times[SINCE, r] = t
+        miss(world, request, worker, whole(NOT_SENT), t)
+        return True
+    if remote:
+        fleet.expected[r] = expected  # which the other router may have changed
+        if not world.split.reserves_first:  # it was only asked for
+            fleet.turn[world.router.place] = turn
+        work.own[STATE, r] = UNSEEN
+        go_elsewhere(world, request, worker, t)
+        return True
+    fleet.expected[r] = expected
+    work.own[GENERATED, r] = 0
+    serve(world, request, worker, t)
+    return True
+
+
+@bare
+def serve(world, request, worker, t):
+    """Have a worker compute all of a request."""
+    fleet = world.fleet
+    r = unsigned(request)
+    fleet.way[DECODES_AT, r] = worker
+    fleet.way[STAGE, r] = AT_DECODE
+    note_choice(world, request, worker)
+    world.work.own[COMPUTED, r] = 0
+    assign(world, request, worker, whole(1))
+    send(world, request, worker, t)
+
+
+@inlined
+def could_ever(world):
+    """Whether any worker that was judged could hold the request, if it were there."""
+    return world.fleet.between[EVER] > 0
 
 
 @bare
@@ -566,6 +751,8 @@ def release(world, request, t):
     look_again(world, worker)
     retry(world, worker, t)
     tell_of_room(world, worker, t)
+    if world.control.changes:
+        turn_off_if_done(world, worker, t)
 
 
 @bare
@@ -578,6 +765,7 @@ def go_elsewhere(world, request, worker, t):
     work.counts[ENQUEUED] += 1
     if world.split.reserves_first:
         fleet.way[DECODES_AT, r] = worker
+        note_choice(world, request, worker)
         assign(world, request, worker, whole(0))
         reserve_or_wait(world, request, t)
     else:
@@ -590,8 +778,8 @@ def is_remote(world, request, worker, t):
     fleet, split = world.fleet, world.split
     w = unsigned(worker)
     able = judge(world, world.prefill_router, request)
-    if able == 0 or split.rule == ALWAYS_REMOTE:
-        return able > 0
+    if not could_ever(world) or split.rule == ALWAYS_REMOTE:
+        return could_ever(world)
     memory = memory_of(world.groups[kind_of(world, worker)])
     prompt = whole(world.load.prompt_tokens[unsigned(request)])
     name_ended(world, worker)
@@ -607,8 +795,78 @@ def is_remote(world, request, worker, t):
         turn = fleet.turn[world.prefill_router.place]
         chosen = route(world, world.prefill_router, request, able, t)
         fleet.turn[world.prefill_router.place] = turn
-        busy = outstanding(fleet, chosen) > 0
+        busy = chosen >= 0 and outstanding(fleet, chosen) > 0
     return not local(split, prompt, hit, used, busy, waiting)
+
+
+@bare
+def let_others_know(world, worker, t):
+    """A step has ended at `t`: others learn of the requests that have ended in it.
+
+    Returns whether what follows them could be issued.
+    """
+    fleet, load = world.fleet, world.load
+    w = unsigned(worker)
+    first = whole(fleet.counts[w, REPORTED])
+    report(fleet.counts[w], fleet.own if prefills_only(world, worker) else world.work.own, fleet.ended[w])
+    note_load(world, worker)
+    for i in range(first, fleet.counts[w, ENDED]):
+        request = whole(fleet.ended[w, unsigned(i)])
+        if prefills_only(world, worker):
+            if not prefilled(world, request, worker, t):
+                return False
+            continue
+        if world.transfer.merges:
+            memory = memory_of(world.groups[kind_of(world, worker)])
+            tokens = load.prompt_tokens[unsigned(request)] + load.output_tokens[unsigned(request)] - 1
+            held = blocks_for(whole(tokens), memory.block_size, memory.shift)
+            free_places(world, whole(DESTINATION), request, worker, held)
+        leave(world, request, True)
+        if not is_answered(world, request, t):
+            return False
+    if world.control.changes:
+        turn_off_if_done(world, worker, t)
+    return True
+
+
+@bare
+def drop_timer(world, request):
+    """Nothing is to happen to a request any more. O(timers)."""
+    fleet = world.fleet
+    place = 0
+    while fleet.timers[unsigned(place)] != request:
+        place += 1
+    fleet.instants[DUE, unsigned(request)] = -np.inf
+    rise(fleet.timers, place, request, fleet.instants[DUE], world.load.arrived_at)
+    take_timer(world)
+
+
+@bare
+def take_from_line(world, request, worker):
+    """A request no longer waits for blocks of a decode worker. O(requests that do)."""
+    fleet = world.fleet
+    first = 2 * worker
+    before = whole(-1)
+    other = whole(fleet.waiting[first])
+    while other != request:
+        before, other = other, whole(fleet.way[NEXT, unsigned(other)])
+    after = fleet.way[NEXT, unsigned(request)]
+    if before < 0:
+        fleet.waiting[first] = after
+    else:
+        fleet.way[NEXT, unsigned(before)] = after
+    if after < 0:
+        fleet.waiting[first + 1] = before
+
+
+@bare
+def withdraw(world, request, worker, t):
+    """A request is no longer outstanding at a worker, where it has not begun."""
+    counts = world.fleet.counts
+    counts[unsigned(worker), LEFT] += 1
+    counts[unsigned(worker), LEFT_BLOCKS] += world.work.own[BLOCKS, unsigned(request)]
+    note_load(world, worker)
+    turn_off_if_done(world, worker, t)
 
 
 @bare
@@ -640,10 +898,12 @@ def join(world):
         times[STARTED_AT, r] = fleet.times[STARTED_AT, r]
         fleet.times[STARTED_AT, r] = decodes_from
         own[PREEMPTIONS, r] += fleet.own[PREEMPTIONS, r]
+        if own[STATE, r] == FAILED:
+            continue
         if np.isnan(fleet.instants[PREFILLED_AT, r]):  # of a step that was under way at the end
             ended_at = fleet.times[ENDED_AT, r]
             fleet.instants[PREFILLED_AT, r] = ended_at
-            if world.split.first_by_prefill:
+            if world.split.first_by_prefill and not times[FIRST_AT, r] >= 0.0:
                 times[FIRST_AT, r] = ended_at
                 if world.load.output_tokens[r] == 1 and not np.isnan(ended_at):
                     own[STATE, r] = GONE

@@ -19,7 +19,12 @@ def is_before(keys, arrived_at, a, b):
 @bare
 def push(heap, size, request, keys, arrived_at):
     """Add a request to a heap of `size` requests. O(log n)."""
-    place = size
+    rise(heap, size, request, keys, arrived_at)
+
+
+@bare
+def rise(heap, place, request, keys, arrived_at):
+    """Put a request at a place of a heap, or nearer to its root. O(log n)."""
     while place > 0:
         above = (place - 1) // 2
         if not is_before(keys, arrived_at, request, heap[unsigned(above)]):

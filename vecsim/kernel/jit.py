@@ -25,7 +25,7 @@ import numpy as np
 PACKAGE = Path(__file__).resolve().parent.parent
 
 # What kernels import of the package, besides each other: rules and codes
-RULES = ("batching", "declaration", "kv_cache", "lengths", "load", "named", "own", "step_time", "transfer")
+RULES = ("batching", "declaration", "kv_cache", "lengths", "load", "named", "own", "scaling", "step_time", "transfer")
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 

@@ -68,6 +68,12 @@ def outstanding(fleet, worker):
 
 
 @inlined
+def believed(fleet, worker):
+    """The same as routers have it in their books."""
+    return outstanding(fleet, worker) + int(fleet.ghosts[unsigned(worker)])
+
+
+@inlined
 def not_started(fleet, worker):
     """Those of them that have no slot."""
     w = unsigned(worker)
@@ -80,13 +86,13 @@ def load_of(fleet, router, worker):
     w = unsigned(worker)
     if router.code == LEAST_KV:
         return (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w]
-    return float(outstanding(fleet, worker))
+    return float(believed(fleet, worker))
 
 
 @inlined
 def could_hold(fleet, worker):
-    """Whether a worker could ever hold the request that is looked at."""
-    return fleet.fits[unsigned(fleet.group[unsigned(worker)])]
+    """Whether a worker can be chosen, and could ever hold the request that is looked at."""
+    return fleet.fits[unsigned(fleet.group[unsigned(worker)])] != 0 and fleet.away[unsigned(worker)] == 0
 
 
 @inlined
@@ -136,7 +142,7 @@ def route(world, router, request, able, t):
         if code == RANDOM:
             return one
         other = nth_able(fleet, router, other, able)
-        return one if outstanding(fleet, one) <= outstanding(fleet, other) else other
+        return one if believed(fleet, one) <= believed(fleet, other) else other
     if code >= KV_AWARE:
         blocks = survey(world, router, request, t)
         worker = choose_own(world, router, request, blocks, t) if code == OWN else choose(world, router, blocks, draw)
@@ -185,7 +191,7 @@ def survey(world, router, request, t):
                     break
                 hit += 1
         fleet.survey[ABLE, w] = could_hold(fleet, worker)
-        fleet.survey[OUTSTANDING, w] = outstanding(fleet, worker)
+        fleet.survey[OUTSTANDING, w] = believed(fleet, worker)
         fleet.survey[WAITS, w] = fleet.counts[w, WAITING]
         fleet.survey[RUNS, w] = fleet.counts[w, RUNNING]
         fleet.survey[KV_USE, w] = (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w]

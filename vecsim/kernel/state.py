@@ -488,7 +488,11 @@ class Fleet(NamedTuple):
     group: Array  # [worker] its kind
     put: Array  # [worker, word] the `Place` of each
     blocks: Array  # [worker] of KV memory
+    all_blocks: Array  # [1] of all workers
     fits: Array  # [group] whether workers of that kind could hold a request
+    present: Array  # [group] workers that routers can choose
+    away: Array  # [worker] whether they can't
+    ghosts: Array  # [worker] requests that routers take to be there, though they are not
     sent: Array  # [worker] requests
     sent_blocks: Array  # [worker] blocks of their prompts
     sent_new: Array  # [worker] of these, those that were taken to be new
@@ -539,6 +543,84 @@ class Fleet(NamedTuple):
     parts: Array  # as in `vecsim.kernel.parts`; of no length where prefill isn't apart
 
 
+class PlannerView(NamedTuple):
+    """What a planner is told. Arrays [worker] of float64 over all places for workers, those of prefill first.
+
+    What is said of a worker that isn't ready has no meaning.
+    """
+
+    ready: Array  # 1 where the worker serves
+    starting: Array  # 1 where it will, after its start-up
+    running: Array  # requests with a slot
+    waiting: Array  # requests there without one
+    kv_use: Array  # share of the KV memory in use
+    kv_waiting: Array  # share of it that those waiting need when they begin
+    queued_tokens: Array  # prompt tokens of those waiting there that are to be computed
+    predicted_ttft: Array  # of a mean request that came now [s]; NaN if unknown
+    own_ttft: Array  # of that what it would take in an idle worker
+    predicted_itl: Array  # of the next step that decodes [s]; NaN if unknown
+    own_itl: Array  # of that what a request alone would take
+    prefill_workers: int  # places of prefill workers, the first ones; 0: one pool does both
+    prefill_gpus: int  # GPUs of each prefill worker
+    decode_gpus: int  # and of each of the others
+    context_length: int  # tokens of the longest request that a prefill worker takes; 0 if unknown
+    prefill_queue: int  # requests that wait for prefill
+    queue_tokens: int  # prompt tokens of those that wait in a queue that all prefill workers share
+    arrived: int  # requests since the last tick
+    prompt_tokens: int  # of these
+    ended: int  # requests since the last tick
+    output_tokens: int  # of these
+    ttft: float  # mean of the first tokens since the last tick [s]; NaN if there were none
+    itl: float  # mean time between tokens since the last tick [s]; NaN if there were none
+    now: float  # seconds
+
+
+class Control(NamedTuple):
+    """How workers come and go, and how the others learn of it; seconds."""
+
+    changes: bool  # whether they do
+    watch: float  # until routers learn that a worker is ready, or drains
+    ttl: float  # of a lease
+    renewal: float  # between two renewals of it
+    connect_timeout: float
+    shun: float  # that a worker is avoided that couldn't be reached
+    break_delay: float  # until a request learns that its worker has crashed
+    migration_limit: int
+    mtbf: float  # mean time to a crash of a worker that is ready
+    restarts: bool  # whether a worker that has crashed starts again
+    first_event: int  # place in the fleets' events of scheduled crashes and outages, and how many
+    crashes: int
+    outages: int
+    planner: int  # code of the planner, -1 if there is none; where its numbers begin, and how many there are
+    first_number: int
+    numbers: int
+
+
+class Life(NamedTuple):
+    """What becomes of workers, and of requests whose worker is gone; rows as in `vecsim.kernel.life`.
+
+    Of no worker, and of no request, where workers don't change.
+    """
+
+    whole: Array  # [row, worker]
+    due: Array  # [row, worker] seconds
+    clock: Array  # a tree: when the next of these is due
+    spent: Array  # [row, worker] seconds
+    fate: Array  # [row, request]
+    rings: Array  # [row, request] seconds
+    alarms: Array  # a heap of requests
+    lost: Array  # requests
+    numbers: Array
+    times: Array  # seconds: of the outage, and of what is scheduled next
+    log: Array  # [row, event]
+    events: Array  # [event, field]: a time, the worker or how long
+    shown: Array  # [row, worker] as in `vecsim.kernel.planning`
+    sums: Array
+    planner: Array  # its numbers
+    memory: Array  # of the planner
+    metrics: Array  # in the order of `vecsim.variables.CHANGING_VARIABLES`; empty where no fleet of a table changes
+
+
 class Cache(NamedTuple):
     """KV blocks that can be found; see `vecsim.kernel.kv`."""
 
@@ -575,6 +657,8 @@ class TokenStreams(NamedTuple):
     outside: Array  # [1] steps that were outside their table
     fleets: Array  # [fleet, field] as in `vecsim.kernel.token_scenarios.FLEET_FIELDS`
     groups: Array  # [kind of worker, field] as in `FIELDS`, and how many
+    events: Array  # [event, field] as in `Life`
+    planners: Array  # numbers of all planners, one after the other
 
 
 class Place(NamedTuple):
@@ -602,6 +686,8 @@ class World(NamedTuple):
     router: Router  # of workers that decode
     prefill_router: Router  # of those that prefill only
     transfer: Transfer
+    control: Control
+    life: Life
     groups: Array  # [group, field] numbers of each kind of worker, as in `vecsim.kernel.token_scenarios.FIELDS`
     tables: StepModel  # of step times of all kinds; its formula has no meaning
     load: TokenLoad
@@ -613,6 +699,8 @@ class World(NamedTuple):
     stop: Array
     own_rule: int  # addresses of the user's own
     own_duration: int
+    own_planner: int
+    live: int  # address of `vecsim.kernel.losses.live`
 
 
 class TokenScratch(NamedTuple):
@@ -652,6 +740,7 @@ class TokenJob(NamedTuple):
     scratch: TokenScratch
     work: TokenWork
     fleet: Fleet
+    life: Life
     cache_nodes: Array
     cache_node_of: Array
     cache_owned: Array

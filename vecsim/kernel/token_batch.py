@@ -453,13 +453,13 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         counts[WAITING] -= 1
         counts[RUNNING] += 1
         sums[BACKLOG] += max(t - max(times[SINCE, r], measured_from), 0.0)
-        if own[PREEMPTIONS, r] == 0:
+        if not times[STARTED_AT, r] >= 0.0:
             times[STARTED_AT, r] = t
-            if loaded == 0:
-                own[HIT, r] = cached
-                if arrived_at[r] >= measured_from:
-                    counts[PROMPT_TOKENS] += prompt[r]
-                    counts[HIT_TOKENS] += cached
+        if own[PREEMPTIONS, r] == 0 and loaded == 0:
+            own[HIT, r] = cached
+            if arrived_at[r] >= measured_from:
+                counts[PROMPT_TOKENS] += prompt[r]
+                counts[HIT_TOKENS] += cached
         own[HELD, r] = found
         own[COMPUTED, r] = cached
         own[STATE, r] = PREFILL

@@ -17,8 +17,10 @@ from vecsim.kernel.state import (
     OUT_OF_REQUESTS,
     TOO_LONG,
     Cache,
+    Control,
     Fleet,
     Formula,
+    Life,
     Memory,
     Place,
     Policy,
@@ -76,13 +78,17 @@ FLEET_FIELDS = (
     *(f"prefill_router.{name}" for name in ROUTER_FIELDS),
     *Split._fields,
     *Transfer._fields,
+    *Control._fields,
 )
 FIRST_GROUP, GROUPS, WORKERS, ROUTER = range(4)
 PREFILL_ROUTER = ROUTER + len(ROUTER_FIELDS)
 SPLIT = PREFILL_ROUTER + len(ROUTER_FIELDS)
 TRANSFER = SPLIT + len(Split._fields)
-# What each kind is told: the numbers of an engine, and how many workers there are of it
+CONTROL = TRANSFER + len(Transfer._fields)
+# What each kind is told: the numbers of an engine; how many workers there may be of it, and are at first; the seconds
+# that one takes to start (of a lognormal time, mean and deviation of its logarithm); its GPUs
 GROUP_WORKERS = len(FIELDS)
+READY_WORKERS, START_UP, START_UP_SIGMA, GROUP_GPUS, GROUP_FIELDS = range(GROUP_WORKERS + 1, GROUP_WORKERS + 6)
 
 POLICY = 0
 MEMORY = POLICY + len(Policy._fields)
@@ -318,7 +324,7 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
     queue_time_sum = ttft_sum = e2e_sum = tpot_sum = 0.0
     queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
     queue_time_min = ttft_min = e2e_min = tpot_min = np.inf
-    arrived = started = first_tokens = completed = tpots = tokens = dropped = preempted = good = 0
+    arrived = started = first_tokens = completed = tpots = tokens = dropped = failed = preempted = good = 0
     backlog = sums[token_state.BACKLOG]
     number_of_classes = int(p[CLASSES])
     first_class = int(p[FIRST_CLASS])
@@ -343,6 +349,10 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
             if number_of_classes > 0:
                 by_class[CLASS_METRICS * token_state.class_of(load, r) + 1] += 1
             continue
+        if state == token_state.FAILED:
+            failed += 1
+            if number_of_classes > 0:
+                by_class[CLASS_METRICS * token_state.class_of(load, r) + 1] += 1
         preempted += own[token_state.PREEMPTIONS, r]
         value = times[token_state.STARTED_AT, r] - came
         if not value >= 0.0:  # it has not started
@@ -430,12 +440,15 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
     out[at + 7] = completed / spent if spent > 0.0 else np.nan
     out[at + 8] = tokens / spent if spent > 0.0 else np.nan
     out[at + 9] = good / spent if spent > 0.0 else np.nan
-    out[at + 10] = good / (completed + dropped) if completed + dropped > 0 else np.nan
+    out[at + 10] = good / (completed + dropped + failed) if completed + dropped + failed > 0 else np.nan
     out[at + 11] = counts[token_state.WAITING]
     out[at + 12] = backlog / spent if spent > 0.0 else np.nan
     out[at + 13] = counts[token_state.MAX_QUEUE]
-    out[at + 14] = sums[token_state.BUSY] / (policy.slots * spent) if spent > 0.0 else np.nan
-    out[at + 15] = sums[token_state.USED] / (memory.blocks * spent) if spent > 0.0 and not endless else np.nan
+    slots, room = policy.slots * spent, memory.blocks * spent
+    if sums[token_state.SLOT_SECONDS] > 0.0:
+        slots, room = sums[token_state.SLOT_SECONDS], sums[token_state.BLOCK_SECONDS]
+    out[at + 14] = sums[token_state.BUSY] / slots if spent > 0.0 else np.nan
+    out[at + 15] = sums[token_state.USED] / room if spent > 0.0 and not endless else np.nan
     out[at + 16] = counts[token_state.PEAK] / memory.blocks if not endless else np.nan
     out[at + 17] = counts[token_state.HIT_TOKENS] / known if known > 0 else np.nan
     out[at + 18] = counts[token_state.SCHEDULED] / steps if steps > 0 else np.nan
@@ -450,6 +463,23 @@ def tally(p, policy, memory, load, work, scratch, classes, warmup, n, wanted, ou
 
 
 SCALARS = 22
+
+# Places among them, and among `life.metrics`
+COMPLETED, GOODPUT, ENDED = 3, 9, 20
+CHANGED_GPU_HOURS, CHANGED_PER_REQUEST, CHANGED_ATTAINED = range(6, 9)
+
+
+@inner
+def write_changes(job, row):
+    """Complete what is told of workers that come and go, and write it at the end of a scenario's row."""
+    metrics, out = job.metrics[row], job.life.metrics
+    first = 5 * (job.quantiles.size + 2)
+    completed, spent = metrics[first + COMPLETED], metrics[first + ENDED] - job.warmup
+    hours = out[CHANGED_GPU_HOURS]
+    out[CHANGED_PER_REQUEST] = 3600.0 * hours / completed if completed > 0.0 else np.nan
+    out[CHANGED_ATTAINED] = metrics[first + GOODPUT] * spent / hours if hours > 0.0 else np.nan
+    for i in range(out.size):
+        metrics[metrics.size - out.size + i] = out[i]
 
 
 @inner
@@ -474,6 +504,28 @@ def transfer_of(row):
 
 
 @inner
+def control_of(row):
+    n = row[CONTROL:]
+    return Control(
+        n[0] != 0, n[1], n[2], n[3], n[4], n[5], n[6], int(n[7]), n[8], n[9] != 0, int(n[10]), int(n[11]), int(n[12]),
+        int(n[13]), int(n[14]), int(n[15]),
+    )  # fmt: skip
+
+
+@inner
+def life_of(life, streams, control, workers):
+    """The room of the lives of so many workers, if they change."""
+    leaves = 1
+    while leaves < workers:
+        leaves *= 2
+    return Life(
+        life.whole, life.due, life.clock[: 2 * leaves], life.spent, life.fate, life.rings, life.alarms, life.lost,
+        life.numbers, life.times, life.log, streams.events, life.shown, life.sums,
+        streams.planners[control.first_number : control.first_number + control.numbers], life.memory, life.metrics,
+    )  # fmt: skip
+
+
+@inner
 def room_of(fleet, groups, workers):
     """The room of so many workers, each of its kind."""
     at = 0
@@ -485,7 +537,8 @@ def room_of(fleet, groups, workers):
     while leaves < workers:
         leaves *= 2
     return Fleet(
-        fleet.group[:workers], fleet.put, fleet.blocks[:workers], fleet.fits, fleet.sent, fleet.sent_blocks,
+        fleet.group[:workers], fleet.put, fleet.blocks[:workers], fleet.all_blocks, fleet.fits, fleet.present,
+        fleet.away, fleet.ghosts, fleet.sent, fleet.sent_blocks,
         fleet.sent_new, fleet.expected, fleet.survey, fleet.turn, fleet.before, fleet.clock[: 2 * leaves], fleet.loads,
         fleet.way,
         fleet.instants, fleet.moved, fleet.left, fleet.runs, fleet.allocator, fleet.next_block,
@@ -498,7 +551,9 @@ def room_of(fleet, groups, workers):
 
 
 @entry
-def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_router, first, last, job):
+def run_token_scenarios(
+    step_loop, fleet_loop, live, own_rule, own_duration, own_router, own_planner, first, last, job
+):  # fmt: skip
     """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one.
 
     The loops of an engine and of a fleet are called by their addresses, and so are the user's own rule of a batcher,
@@ -592,6 +647,8 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_route
                 ),
                 router_of(numbers[PREFILL_ROUTER:], seed, 1, 0, split.prefill_workers, own_router),
                 transfer_of(numbers),
+                control_of(numbers),
+                life_of(job.life, streams, control_of(numbers), workers),
                 groups,
                 tables,
                 load,
@@ -603,6 +660,8 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_route
                 job.stop,
                 own_rule,
                 own_duration,
+                own_planner,
+                live,
             )
             status = call_fleet_loop(fleet_loop, (placed(world),))
         job.status[row] = status
@@ -612,7 +671,9 @@ def run_token_scenarios(step_loop, fleet_loop, own_rule, own_duration, own_route
             continue
         job.enqueued[row] = work.counts[token_state.ENQUEUED]
         tally(p, policy, memory, load, work, scratch, streams.classes, job.warmup, n, job.quantiles, job.metrics[row])
-        last_ones = job.metrics.shape[1] - job.fleet.parts.size
+        last_ones = job.metrics.shape[1] - job.life.metrics.size - job.fleet.parts.size
         for i in range(job.fleet.parts.size):
             job.metrics[row, last_ones + i] = job.fleet.parts[i]
+        if job.life.metrics.size > 0:
+            write_changes(job, row)
     return status, n

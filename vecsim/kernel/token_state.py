@@ -25,8 +25,25 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
 
 # Places in `sums`
 # A worker of a fleet doesn't coast at once: up to `HORIZON` (0: it does) it finds out when something else can happen,
-# `FORESEEN`, and coasts when that is certain.
-GAP_SUM, GAP_MAX, BUSY, USED, BACKLOG, RATIO, END_TIME, LAST_DECODE, NOW, LONGEST, HORIZON, FORESEEN, SUMS = range(13)
+# `FORESEEN`, and coasts when that is certain. Where workers come and go, `SLOT_SECONDS` and `BLOCK_SECONDS` are what
+# they had to offer, 0 else.
+(
+    GAP_SUM,
+    GAP_MAX,
+    BUSY,
+    USED,
+    BACKLOG,
+    RATIO,
+    END_TIME,
+    LAST_DECODE,
+    NOW,
+    LONGEST,
+    HORIZON,
+    FORESEEN,
+    SLOT_SECONDS,
+    BLOCK_SECONDS,
+    SUMS,
+) = range(15)
 
 # Rows of `own` [request], whole numbers. While a request decodes, `GENERATED` is the decode step at which it would have
 # had none yet: so it needs no touch. `AFTER` and `BEFORE` tie it to others in the calendar then, in the queue before.
@@ -44,7 +61,7 @@ PINNED, PINNED_ALONE = -1, -2
 STARTED_AT, FIRST_AT, ENDED_AT, LAST_AT, RANK, SINCE, TIME_ROWS = range(7)
 
 # States of a request
-UNSEEN, QUEUED, PREFILL, DECODE, GONE, DROPPED_AT_ONCE = range(6)
+UNSEEN, QUEUED, PREFILL, DECODE, GONE, DROPPED_AT_ONCE, FAILED = range(7)
 
 # In the row `LATE`: a gap between two tokens was longer than the limit. Else the count of such gaps in the request's
 # class when it began to decode.

@@ -17,27 +17,46 @@ from vecsim.kernel.state import (
     TokenLoad,
     TokenWork,
 )
-from vecsim.kernel.token import never_fits
+from vecsim.kernel.token import forget_steps, never_fits
 from vecsim.kernel.token_scenarios import GROUP_WORKERS, memory_of, model_of, policy_of
 from vecsim.kernel.token_state import (
     ALL_STEPS,
+    BACKLOG,
     BLOCKED,
     BLOCKS,
+    BUSY,
     END_TIME,
+    ENQUEUED,
     FORESEEN,
+    GAP_HIGH,
+    GAP_LOW,
+    GAP_MAX,
+    GAP_SUM,
+    GAPS,
+    HIT_TOKENS,
     INBOX_HEAD,
     LONGEST,
+    MAX_QUEUE,
+    MEASURING,
     NEW_BLOCKS,
     NOW,
+    PEAK,
+    PREEMPTED,
+    PROMPT_TOKENS,
     RUNNING,
+    SCHEDULED,
     SINCE,
+    STEPS,
+    TOKENS,
+    USED,
     WAITING,
     blocks_for,
     put_last,
 )
 
-# Place in `fleet.between`: the status, if it isn't `DONE`; those after it are in `vecsim.kernel.handover`
-TROUBLE, BETWEEN = 0, 5
+# Places in `fleet.between`: the status, if it isn't `DONE`; workers, there or not, that could hold the request that was
+# looked at last. Those in between are in `vecsim.kernel.handover`.
+TROUBLE, EVER, BETWEEN = 0, 6, 7
 
 # What counts references to arrays it returns would leave them counted here, where nobody does.
 tables_of = inlined(model_of.py_func)
@@ -161,6 +180,50 @@ def visit(world, worker, kind, until):
     return status
 
 
+@bare
+def add_up(world, worker):
+    """Add what a worker has done to what the fleet has done."""
+    fleet, counts, sums = world.fleet, world.work.counts, world.work.sums
+    w = unsigned(worker)
+    its, its_sums = fleet.counts[w], fleet.sums[w]
+    if its[MEASURING] == 0:
+        forget_steps(its, its_sums, fleet.unmeasured)
+    sums[END_TIME] = max(sums[END_TIME], its_sums[END_TIME])
+    counts[GAP_LOW] = min(counts[GAP_LOW], its[GAP_LOW])
+    counts[GAP_HIGH] = max(counts[GAP_HIGH], its[GAP_HIGH])
+    counts[GAPS] += its[GAPS]
+    counts[WAITING] += its[WAITING]
+    counts[RUNNING] += its[RUNNING]
+    counts[PREEMPTED] += its[PREEMPTED]
+    counts[ENQUEUED] += its[ENQUEUED]
+    counts[STEPS] += its[STEPS]
+    counts[SCHEDULED] += its[SCHEDULED]
+    counts[TOKENS] += its[TOKENS]
+    counts[PROMPT_TOKENS] += its[PROMPT_TOKENS]
+    counts[HIT_TOKENS] += its[HIT_TOKENS]
+    counts[MAX_QUEUE] = max(counts[MAX_QUEUE], its[MAX_QUEUE])
+    counts[PEAK] = max(counts[PEAK], its[PEAK] * fleet.all_blocks[0] // fleet.blocks[w])
+    sums[GAP_SUM] += its_sums[GAP_SUM]
+    sums[GAP_MAX] = max(sums[GAP_MAX], its_sums[GAP_MAX])
+    sums[BUSY] += its_sums[BUSY]
+    sums[USED] += its_sums[USED]
+    sums[BACKLOG] += its_sums[BACKLOG]
+
+
+@bare
+def begin_anew(world, worker, t):
+    """A worker has nothing in its memory and nothing to do at `t`."""
+    fleet = world.fleet
+    w = unsigned(worker)
+    fleet.sent[w] = fleet.sent_blocks[w] = fleet.sent_new[w] = 0
+    settle_in(world, worker, False)
+    visit(world, worker, whole(BEGINS), 0.0)
+    fleet.sums[w, END_TIME] = t
+    fleet.waiting[unsigned(2 * worker)] = -1
+    tree.put(fleet.clock, worker, np.inf)
+    note_load(world, worker)
+
+
 @inlined
 def is_behind(world, worker, t):
     """Whether a worker was left behind the time, since it does nothing but decode."""
@@ -210,7 +273,8 @@ def note_load(world, worker):
     """Let the router see what a worker has to do now."""
     fleet = world.fleet
     router = world.prefill_router if prefills_only(world, worker) else world.router
-    tree.put(fleet.loads[router.place], worker - router.first, load_of(fleet, router, worker))
+    load = np.inf if fleet.away[unsigned(worker)] != 0 else load_of(fleet, router, worker)
+    tree.put(fleet.loads[router.place], worker - router.first, load)
 
 
 @bare
@@ -261,12 +325,14 @@ def judge(world, router, request):
     r = unsigned(request)
     prefills = router.place == PREFILLS
     output, cap = (1, 1) if prefills else (whole(load.output_tokens[r]), whole(load.max_tokens[r]))
-    able = worker = 0
+    able = ever = worker = 0
     for group in range(groups.shape[0]):
         p = groups[unsigned(group)]
         if prefills_only(world, worker) == prefills:
             fits = not never_fits(policy_of(p), memory_of(p), whole(load.prompt_tokens[r]), output, cap)
             fleet.fits[unsigned(group)] = fits
-            able += fits * int(p[GROUP_WORKERS])
+            able += fits * int(fleet.present[unsigned(group)])
+            ever += fits * int(p[GROUP_WORKERS])
         worker += int(p[GROUP_WORKERS])
+    fleet.between[EVER] = ever
     return able

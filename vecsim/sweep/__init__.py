@@ -14,6 +14,7 @@ from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variab
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, simulate
+from vecsim.token_simulate import comes_and_goes
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -99,7 +100,10 @@ def sweep(
     token, classes = table.token is not None, () if table.token is None else table.token.class_names or ()
     apart = isinstance(engine, DisaggregatedEngine)
     coords = axis_coords(planned)
-    dataset = metrics_dataset(results.metrics, planned.sizes, coords, wanted, attrs, token, classes, apart)
+    changing = table.token is not None and comes_and_goes(table.token.fleets)
+    dataset = metrics_dataset(
+        results.metrics, planned.sizes, coords, wanted, attrs, token, classes, apart, changing
+    )  # fmt: skip
     dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
         dataset = dataset.assign(record_variables(results.record, dims, shape, isinstance(engine, Fleet)))

@@ -1,0 +1,186 @@
+"""Fleets whose workers come, go and crash: laws and closed forms."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+import vecsim as sim
+
+STEP = sim.LinearStepTime(base=6e-3, per_request=6e-5, per_prefill_token=4e-5)
+POOL = sim.Pool(workers=2, max_batch_size=64, step_time=STEP, kv_cache=sim.KVCache(blocks=2000))
+LOAD = sim.PoissonLoadGenerator(request_rate=12, requests=800, prompt_tokens=500, output_tokens=200)
+
+
+def cluster(**fields):
+    usual = {"pool": POOL, "router": sim.LeastOutstandingRouter(), "load_generator": LOAD}
+    return sim.Cluster(**usual | fields)
+
+
+PLANNERS = [
+    sim.Schedule(changes=((10.0, "decode", 4), (40.0, "decode", 1))),
+    sim.LoadPlanner(interval=10.0),
+    sim.ThroughputPlanner(),
+    sim.ReactivePlanner(ttft=0.2, itl=0.05),
+]
+
+
+@pytest.mark.parametrize("router", [sim.RoundRobinRouter(), sim.LeastOutstandingRouter(), sim.LeastKVRouter()])
+def test_a_control_plane_without_failures_changes_nothing(router):
+    plain = cluster(router=router).run()
+    watched = cluster(router=router, control_plane=sim.ControlPlane()).run()
+    for name in plain.metrics:
+        np.testing.assert_array_equal(watched.metrics[name], plain.metrics[name], err_msg=name)
+    for name in plain.requests:
+        np.testing.assert_array_equal(watched.requests[name], plain.requests[name], err_msg=name)
+
+
+@pytest.mark.parametrize("planner", PLANNERS, ids=lambda planner: planner.name)
+def test_gpu_hours_are_those_of_the_workers_that_there_were(planner):
+    pool = msgspec.structs.replace(POOL, gpus=2, start_up_time=5.0, start_up_std=1.0)
+    run = cluster(pool=pool, scaling=planner).run(90.0)
+    counts = run.worker_counts(20_001).workers.sel(phase=["starting", "ready", "draining"]).sum("phase").values[0]
+    mean = (counts[1:] + counts[:-1]).mean() / 2
+    np.testing.assert_allclose(run.metrics.gpu_hours, mean * 2 * 90 / 3600, rtol=2e-3)
+    events = run.worker_events
+    reasons = events.reason.values.tolist()
+    assert int(run.metrics.scale_ups) == reasons.count("added")
+    assert int(run.metrics.scale_downs) == reasons.count("removed")
+    assert (np.diff(events.time) >= 0).all()
+    if not isinstance(planner, sim.Schedule):  # within the budget of 8 GPUs, but for those that drain
+        on = run.worker_counts(2_001).workers.sel(phase=["starting", "ready"]).sum("phase")
+        assert 1 <= int(on.min()) <= int(on.max()) <= 4
+
+
+def test_a_worker_takes_its_time_to_start_and_begins_cold():
+    planner = sim.Schedule(changes=((10.0, "decode", 3),))
+    run = cluster(pool=msgspec.structs.replace(POOL, start_up_time=7.5), scaling=planner).run()
+    events = run.worker_events.to_dataframe()
+    new = events[events.worker == 2]
+    assert new[["time", "phase", "reason"]].values.tolist() == [
+        [10.0, "starting", "added"],
+        [17.5, "ready", "started"],
+    ]
+    first = run.steps.time.values[run.steps.worker.values == 2].min()
+    assert first >= 17.5
+
+
+def test_draining_finishes_what_there_is_and_takes_nothing_new():
+    planner = sim.Schedule(changes=((20.0, "decode", 1),))
+    run = cluster(scaling=planner).run()
+    events = run.worker_events.to_dataframe()
+    drained = float(events[(events.worker == 1) & (events.reason == "drained")].time.iloc[0])
+    assert drained > 20.0
+    of_worker = run.requests.worker.values == 1
+    assert (run.requests.arrived_at.values[of_worker] <= 20.0).all()
+    assert run.requests.completed_at.values[of_worker].max() == drained
+    assert int(run.metrics.completed) == int(run.metrics.arrived)
+
+
+def test_availability_of_one_worker_that_crashes_and_recovers():
+    """Of requests that find it at once, or not, as many as mtbf / (mtbf + recovery)."""
+    mtbf, recovery = 50.0, 12.5
+    pool = sim.Pool(workers=1, step_time=sim.LinearStepTime(base=1e-4), start_up_time=recovery)
+    plane = sim.ControlPlane(mtbf=mtbf, ttl=0.0, renewal=0.0, connect_timeout=1e-3, shun=0.0)
+    load = sim.PoissonLoadGenerator(request_rate=2, prompt_tokens=1, output_tokens=1)
+    one = sim.Cluster(pool=pool, load_generator=load, control_plane=plane)
+    ds = sim.sweep(one, time_limit=20_000, seed=range(16), progress=False)
+    share = (ds.completed / ds.arrived).values
+    error = share.std(ddof=1) / math.sqrt(share.size)
+    assert abs(share.mean() - mtbf / (mtbf + recovery)) < 4 * error
+    np.testing.assert_allclose(ds.crashes.mean(), 20_000 / (mtbf + recovery), rtol=0.03)
+    assert (ds.completed + ds.failed >= ds.arrived - 1).all()
+
+
+def test_routers_notice_a_crash_when_the_lease_ends():
+    """Requests are sent to the dead worker, and again, for between ttl - renewal and ttl seconds."""
+    plane = sim.ControlPlane(crashes=((10.0, 1),), ttl=10, renewal=5, shun=0.0, connect_timeout=0.01)
+    pool = msgspec.structs.replace(POOL, start_up_time=60.0)
+    lasted = []
+    for seed in range(40):
+        load = msgspec.structs.replace(LOAD, seed=seed, requests=400)
+        run = cluster(pool=pool, router=sim.RoundRobinRouter(), load_generator=load, control_plane=plane).run()
+        hit = run.requests.arrived_at.values[run.requests.retries.values > 0]
+        lasted.append(hit.max() - 10.0)
+    lasted = np.array(lasted)
+    assert 5.0 < lasted.max() <= 10.0 + 0.1
+    assert lasted.min() > 4.0
+    # Uniform between 5 and 10, less the time since the last request of the other worker's turns
+    assert abs(lasted.mean() - 7.5) < 4 * (5 / math.sqrt(12)) / math.sqrt(lasted.size) + 0.2
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_each_request_of_a_crashed_worker_migrates_or_fails(limit):
+    plane = sim.ControlPlane(crashes=((20.0, 0),), migration_limit=limit)
+    run = cluster(control_plane=plane).run()
+    requests = run.requests
+    assert int(run.metrics.completed + run.metrics.failed) == int(run.metrics.arrived) == 800
+    failed = requests.failure.values == "crash"
+    assert failed.any() == (limit == 0)
+    assert (requests.migrations.values > 0).any() == (limit == 1)
+    assert np.isnan(requests.completed_at.values[failed]).all()
+    np.testing.assert_array_equal(np.isfinite(requests.failed_at), failed)
+
+
+def test_threads_and_other_scenarios_change_nothing():
+    plane = sim.ControlPlane(mtbf=30.0, migration_limit=2, outages=((30.0, 12.0),))
+    pool = msgspec.structs.replace(POOL, start_up_time=5.0)
+    fleet = cluster(pool=pool, control_plane=plane, scaling=sim.LoadPlanner(interval=5.0))
+    axes = {"start_up_time": [0.0, 5.0, 20.0], "migration_limit": [0, 3], "seed": range(3)}
+    one, two = (sim.sweep(fleet, time_limit=80.0, **axes, threads=threads, progress=False) for threads in (1, 2))
+    assert one.identical(two)
+    alone = fleet.run(80.0)
+    same = sim.sweep(fleet, time_limit=80.0, seed=[fleet.load_generator.seed], progress=False).isel(seed=0)
+    assert int(same.failed) == int(alone.metrics.failed)
+    np.testing.assert_allclose(same.gpu_hours, alone.metrics.gpu_hours, rtol=1e-12)
+
+
+def test_a_planner_of_ones_own():
+    import numba
+
+    @numba.njit
+    def one_more_each_time(view, memory):
+        memory[0] += 1.0
+        return 0, 1
+
+    run = cluster(scaling=sim.CustomPlanner(rule=one_more_each_time, interval=10.0, max_gpus=5)).run(60.0)
+    ready = run.worker_counts(601).workers.sel(phase="ready").values[0]
+    assert ready[0] == 2
+    assert ready.max() == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ttl": 3.0}, "ttl must be at least renewal, 5 s, got 3"),
+        ({"outages": ((10.0, 5.0), (12.0, 5.0))}, "outages must not overlap or touch, got one at 12"),
+        ({"outages": ((10.0, 0.0),)}, "outages must last a finite time > 0, got 0 at 10"),
+        ({"crashes": ((5.0, 0), (1.0, 0))}, "crashes must be in the order of time"),
+        ({"crashes": ((5.0, -1),)}, "crashes must be of workers >= 0, got -1"),
+        ({"mtbf": 0.0}, "mtbf must be > 0"),
+        ({"connect_timeout": 0.0, "shun": 0.0}, "connect_timeout or shun must be > 0"),
+    ],
+)
+def test_a_control_plane_that_cant_be(fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", "\\(")):
+        sim.ControlPlane(**fields)
+
+
+def test_fleets_that_cant_be():
+    with pytest.raises(ValueError, match="crashes must be of workers below 2, got 2"):
+        cluster(control_plane=sim.ControlPlane(crashes=((1.0, 2),)))
+    with pytest.raises(ValueError, match="start_up_time must be > 0 where start_up_std is"):
+        sim.Pool(step_time=STEP, start_up_std=1.0)
+    with pytest.raises(ValueError, match="scaling needs one pool of each kind, got 2 pools"):
+        cluster(pool=(POOL, POOL), scaling=sim.ThroughputPlanner())
+    with pytest.raises(ValueError, match="only in a Cluster"):
+        sim.DisaggregatedEngine(
+            prefill=POOL, decode=POOL, load_generator=LOAD, control_plane=sim.ControlPlane(mtbf=10.0)
+        )
+    ticks = sim.Pool(workers=2, max_batch_size=4, batcher=sim.IFBatcher(), step_time=sim.TickStepTime())
+    load = sim.PoissonLoadGenerator(request_rate=0.5, target_output_len_tokens=10, target_output_len_std=0)
+    with pytest.raises(ValueError, match="control_plane must not be given in the tick model"):
+        sim.Cluster(pool=ticks, load_generator=load, control_plane=sim.ControlPlane())
+    with pytest.raises(ValueError, match="worker_events are there for fleets with scaling or a control_plane"):
+        _ = cluster().run().worker_events
