@@ -5,9 +5,10 @@ import sys
 import policies
 
 import vecsim as sim
-from vecsim.kernel.address import COUNT, WORLD, address_of
+from vecsim.kernel.address import COUNT, TIERS_ACT, WORLD, address_of
 from vecsim.kernel.fleet import simulate_fleet
 from vecsim.kernel.jit import is_compiled
+from vecsim.kernel.tiers import tiers_act
 
 
 def ticks():
@@ -24,6 +25,7 @@ def ticks():
     pool = sim.Pool(batcher=sim.IFBatcher(), step_time=sim.TickStepTime())
     for keep in ("requests", "queue"):
         sim.sweep(sim.Cluster(pool=pool, load_generator=engine.load_generator), 10, keep=keep, progress=False)
+    address_of(tiers_act, TIERS_ACT, COUNT)
     address_of(simulate_fleet, (WORLD,), COUNT)  # calls what the other process compiles
 
 

@@ -257,6 +257,10 @@ class Worker(Engine):
         holding = [request for request in self.waiting if request.holds]
         return holding[-1] if holding and self.gives_back else None
 
+    def who_gives_way(self) -> FleetRequest | None:
+        """Who gives its blocks back where there is nothing else to do."""
+        return self.last_to_give_back()
+
     def give_back(self, request: FleetRequest) -> None:
         """What was moved is lost: it keeps its place in the queue, and is computed anew."""
         self.pool.release(request.blocks)
@@ -483,8 +487,12 @@ class Simulation:
             number=len(self.workers), duration=pool.duration, endless=pool.blocks is None,
             gives_back=self.gives_back,
         )  # fmt: skip
+        self.furnish(worker, pool)
         self.workers.append(worker)
         return worker
+
+    def furnish(self, worker: Worker, pool: Workers) -> None:
+        """What else it has."""
 
     # Users
 
@@ -583,7 +591,7 @@ class Simulation:
         while not chosen:
             # Nothing is left of the batch after a preemption; or who waits needs the blocks of others who wait behind.
             if worker.preemptions == preempted:
-                if (last := worker.last_to_give_back()) is None:
+                if (last := worker.who_gives_way()) is None:
                     break
                 worker.give_back(last)
             preempted = worker.preemptions

@@ -87,9 +87,9 @@ def a_pool(rng, block_size, orders, roomy):
     return pool, literal
 
 
-def some_pools(rng, *args):
+def some_pools(make, rng, *args):
     """([ours], [the oracle's]) of one or two kinds."""
-    return zip(*(a_pool(rng, *args) for _ in range(rng.choice([1, 1, 2]))), strict=True)
+    return zip(*(make(rng, *args) for _ in range(rng.choice([1, 1, 2]))), strict=True)
 
 
 def a_transfer(rng, block_size):
@@ -159,7 +159,7 @@ def a_rule(rng):
     return ours, literal, busy
 
 
-def a_fleet(rng, apart, load, block_size, orders):
+def a_fleet(rng, apart, load, block_size, orders, make=a_pool):
     """(ours, the oracle's) with random workers, routers, rules and transfers."""
     roomy = rng.random() < 0.15
     overheads = {
@@ -170,11 +170,11 @@ def a_fleet(rng, apart, load, block_size, orders):
     }
     common = {"load_generator": load, "overheads": sim.Overheads(**overheads)}
     router, name = a_router(rng)
-    there, literal = some_pools(rng, block_size, orders, roomy)
+    there, literal = some_pools(make, rng, block_size, orders, roomy)
     if not apart:
         ours = sim.Cluster(pool=there, router=router, **common)
         return ours, fleet_oracle.Cluster(literal, name), token_oracle.Overheads(**overheads)
-    prefill, literal_prefill = some_pools(rng, block_size, orders, roomy)
+    prefill, literal_prefill = some_pools(make, rng, block_size, orders, roomy)
     prefill_router, prefill_name = rng.choice([(None, None), a_router(rng)])
     rule, literal_rule, busy = a_rule(rng)
     transfer, literal_transfer = a_transfer(rng, block_size)

@@ -31,7 +31,7 @@ from vecsim.fleet import (
 )
 from vecsim.gpus import GPU
 from vecsim.growth import queue_growth
-from vecsim.kv_cache import KVCache
+from vecsim.kv_cache import CacheTiers, KVCache
 from vecsim.lengths import Constant, Distribution, Empirical, LogNormal, Normal, Uniform, Zipf
 from vecsim.load import (
     SLO,
@@ -92,6 +92,7 @@ __all__ = [
     "SLO",
     "BatchLoadGenerator",
     "Batcher",
+    "CacheTiers",
     "Calibration",
     "ChunkedPrefillBatcher",
     "Cluster",

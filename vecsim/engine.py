@@ -88,6 +88,11 @@ class Engine(Declaration, frozen=True, kw_only=True, tag=True):
     def _check_memory(self) -> None:
         """Refuse an engine whose memory its batcher, its step time or its load can't use."""
         memory = self.kv_cache or KVCache()
+        if memory.tiers is not None:
+            raise ValueError(
+                "kv_cache.tiers are there for the workers of fleets, not for an Engine: declare a Cluster with a pool "
+                "of one worker, which is the same otherwise"
+            )
         load = self.load_generator
         if self.kv_cache is not None and self.kv_cache.blocks is not None:
             capacity = self.kv_cache.blocks * memory.block_size

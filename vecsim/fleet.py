@@ -4,6 +4,8 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
+import msgspec
+
 from vecsim.batching import AnyBatcher, TokenBudgetBatcher
 from vecsim.control_plane import ControlPlane
 from vecsim.declaration import Count, Declaration, Range, Time, shown
@@ -117,7 +119,7 @@ class Pool(Declaration, frozen=True, kw_only=True):
             load_generator=load_generator,
             batcher=self.batcher,
             step_time=self.step_time,
-            kv_cache=self.kv_cache,
+            kv_cache=self.kv_cache and msgspec.structs.replace(self.kv_cache, tiers=None),  # they are the worker's own
             max_model_len=self.max_model_len,
             overheads=overheads,
             slo=slo,
@@ -269,6 +271,11 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
         return sum(blocks) if len(blocks) == len(self.pools) else None
 
     @property
+    def cached_block_size(self) -> int:
+        """Tokens of a block in the pools that cache prefixes."""
+        return next(pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching)
+
+    @property
     def caches_prefixes(self) -> bool:
         """Whether prompts find what others left in the KV memory of a worker."""
         return any(engine.caches_prefixes for engine in self.engines())
@@ -289,11 +296,11 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
 
 def router_numbers(router: AnyRouter, place: Literal["all", "prefill", "decode"]) -> dict[str, float]:
     """The numbers of a router, in the order of the kernel's; `place` is what its workers do."""
-    credit, scale, temperature, latency = router.numbers()
+    credit, scale, temperature, latency, host, disk = router.numbers()
     if place == "decode" and isinstance(router, KVAwareRouter):
         credit = 0.0  # what is cached doesn't count there
-    numbers = (ROUTERS.index(type(router)), credit, scale, place != "prefill", temperature, latency)
-    names = ("code", "credit", "scale", "decode_counts", "temperature", "latency")
+    numbers = (ROUTERS.index(type(router)), credit, scale, place != "prefill", temperature, latency, host, disk)
+    names = ("code", "credit", "scale", "decode_counts", "temperature", "latency", "host_credit", "disk_credit")
     return {f"{place}.{name}": float(number) for name, number in zip(names, numbers, strict=True)}
 
 

@@ -15,6 +15,7 @@ from vecsim.variables import (
     PARTS,
     REQUEST_VARIABLES,
     STEP_VARIABLES,
+    TIER_VARIABLES,
     TOKEN_REQUEST_VARIABLES,
     TOKEN_STEP_VARIABLES,
     Variable,
@@ -36,11 +37,12 @@ def metrics_dataset(
     classes: tuple[str, ...] = (),
     apart: bool = False,
     changing: bool = False,
+    tiered: bool = False,
 ) -> "xr.Dataset":
     """A Dataset of all output variables over the dimensions in `sizes` (and `stat`, and `class` if there are any).
 
     `apart` is whether it is of fleets that keep prefill apart: then there is `part` too; `changing` whether workers of
-    any fleet come and go.
+    any fleet come and go, `tiered` whether any worker has tiers below its cache.
     """
     import xarray as xr
 
@@ -74,8 +76,9 @@ def metrics_dataset(
         at += len(PARTS)
         variables[parts.name] = describe(parts, (*dims, "part"), values)
         coords["part"] = ("part", np.array(PARTS))
-    if changing:
-        for i, variable in enumerate(CHANGING_VARIABLES):
+    more = (*(TIER_VARIABLES if tiered else ()), *(CHANGING_VARIABLES if changing else ()))
+    if more:
+        for i, variable in enumerate(more):
             variables[variable.name] = describe(variable, dims, metrics[:, at + i].reshape(shape))
     return xr.Dataset(variables, coords, attrs)
 
@@ -159,6 +162,10 @@ FIELD_UNITS = {
     "target_concurrency": "requests",
     "think_time": "ticks",
     "bandwidth": "bytes per tick",
+    "host_bandwidth": "bytes per tick",
+    "disk_bandwidth": "bytes per tick",
+    "host_blocks": "blocks",
+    "disk_blocks": "blocks",
     "kv_bytes_per_token": "bytes",
 }
 

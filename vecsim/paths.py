@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vecsim.kernel.state import Array, Fleet, StepRecord
+from vecsim.kernel.state import Array, Fleet, StepRecord, Tiers
 from vecsim.series import mean_in_intervals
 from vecsim.variables import PARTS, Variable
 
@@ -37,6 +37,39 @@ class Path(NamedTuple):
     moved: Array
     busy: Array
 
+
+class Rise(NamedTuple):
+    """What the kernel noted of what lower tiers had of each request [request], and of each worker's tiers."""
+
+    host_hit_blocks: Array
+    disk_hit_blocks: Array
+    onboarding_began_at: Array
+    onboarding_ended_at: Array
+    held: Array  # [worker, tier] blocks at the end
+    came: Array
+    went: Array
+    dropped: Array  # offers
+    bandwidth: Array  # [worker, tier, way]
+    moved: Array
+    busy: Array
+
+
+RISE_VARIABLES = (
+    Variable(
+        "host_hit_tokens",
+        "prompt tokens in host memory",
+        "tokens",
+        "of `hit_tokens`, those brought up from host memory; of remote prefills of `prefill_hit_tokens`",
+        whole=True,
+    ),
+    Variable("disk_hit_tokens", "prompt tokens on disk", "tokens", "the same of the disk", whole=True),
+    Variable("onboarding_began_at", "begin of onboarding", "s", "when blocks of lower tiers began to come up for it"),
+    Variable("onboarding_ended_at", "end of onboarding", "s", "when they were there"),
+    Variable("onboarding_time", "time to bring blocks up", "s", "from the begin to the end of the onboarding"),
+)
+
+# Names of tiers, in the order of the kernel's, and of the ways of their links
+TIERS, WAYS = ("host", "disk"), ("down", "up")
 
 PATH_VARIABLES = (
     Variable("prefill_worker", "prefill worker", "", "worker that prefilled the request; -1: none yet", whole=True),
@@ -75,6 +108,9 @@ HOPS = ("decode blocks", "prefill queue", "prefill worker", "decode worker")
 # The parts where each worker does both
 TOGETHER = ("before routing", "wait for prefill", "prefill", "until seen")
 
+# Parts before the wait for prefill, where caches have lower tiers
+ONBOARDING = ("wait for onboarding", "onboarding")
+
 TRANSFER_PARTS = ("set-up", "flow", "transpose", "polling")
 
 
@@ -111,6 +147,68 @@ def path_of(fleet: Fleet, came: Array) -> Path:
     )
 
 
+def rise_of(tiers: Tiers, fleet: Fleet, came: Array) -> Rise:
+    """What is kept of a scenario's tiers; `came` is which requests came [request]."""
+    from vecsim.kernel import links
+    from vecsim.kernel import tier_sets as sets
+    from vecsim.kernel import tiers as rows
+
+    requests, workers = np.flatnonzero(came), fleet.group.size
+    way, instants = tiers.way[:, requests], tiers.instants[:, requests]
+    shape = (workers, sets.LEVELS, rows.WAYS)
+    loads = tiers.links.loads[:, : workers * sets.LEVELS * rows.WAYS]
+
+    def of_tiers(first: int) -> Array:
+        return tiers.numbers[first : first + sets.LEVELS, :workers].T.copy()
+
+    return Rise(
+        host_hit_blocks=way[sets.HOST_BLOCKS].copy(),
+        disk_hit_blocks=way[sets.DISK_BLOCKS].copy(),
+        onboarding_began_at=instants[rows.BEGAN_AT].copy(),
+        onboarding_ended_at=instants[rows.ENDED_AT].copy(),
+        held=tiers.lists[:workers, :, sets.COUNT].copy(),
+        came=of_tiers(sets.HOST_IN),
+        went=of_tiers(sets.HOST_OUT),
+        dropped=of_tiers(sets.HOST_DROPPED),
+        bandwidth=loads[links.BANDWIDTH].reshape(shape).copy(),
+        moved=loads[links.MOVED].reshape(shape).copy(),
+        busy=loads[links.BUSY].reshape(shape).copy(),
+    )
+
+
+def rise_values(rise: Rise, block_size: int) -> dict[str, Array]:
+    """The values of `RISE_VARIABLES` [request]."""
+    return {
+        "host_hit_tokens": rise.host_hit_blocks * block_size,
+        "disk_hit_tokens": rise.disk_hit_blocks * block_size,
+        "onboarding_began_at": rise.onboarding_began_at,
+        "onboarding_ended_at": rise.onboarding_ended_at,
+        "onboarding_time": rise.onboarding_ended_at - rise.onboarding_began_at,
+    }
+
+
+def tiers_dataset(rise: Rise, time: float) -> "xr.Dataset":
+    """What is below each worker's cache: blocks, and the use of its links [worker, tier, way]."""
+    import xarray as xr
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        use = np.where(np.isfinite(rise.bandwidth) & (rise.bandwidth > 0), rise.moved / (rise.bandwidth * time), 0.0)
+    dims, ways = ("worker", "tier"), ("worker", "tier", "way")
+    return xr.Dataset(
+        {
+            "blocks": labelled(dims, rise.held, "blocks held at the end", "blocks"),
+            "came": labelled(dims, rise.came, "blocks that came", "blocks"),
+            "went": labelled(dims, rise.went, "blocks that made room for others", "blocks"),
+            "dropped": labelled(dims, rise.dropped, "offers dropped, their blocks being gone", "blocks"),
+            "bandwidth": labelled(ways, rise.bandwidth, "bandwidth", "B/s"),
+            "moved": labelled(ways, rise.moved, "bytes moved", "B"),
+            "busy": labelled(ways, rise.busy, "time with something on the link", "s"),
+            "use": labelled(ways, use, "share of the bandwidth in use", "1"),
+        },
+        {"worker": np.arange(rise.held.shape[0]), "tier": list(TIERS), "way": list(WAYS)},
+    )
+
+
 def hop_times(value: dict[str, Array], before_queue: float) -> Array:
     """Seconds that each request waited at each of `HOPS` [hop, request]; NaN where it hasn't left it."""
     remote = value["remote"] == 1
@@ -137,8 +235,12 @@ def first_token_moments(requests: "xr.Dataset", overheads: "Overheads", first_by
     seen = value["first_token_at"]
     token = seen - overheads.per_output_token
     routed = value["arrived_at"] + overheads.before_queue
+    rise = []
+    if "onboarding_ended_at" in value:
+        rose = np.isfinite(value["onboarding_ended_at"])
+        rise = [np.where(rose, value[f"onboarding_{which}_at"], routed) for which in ("began", "ended")]
     if "remote" not in value:
-        return np.array([routed, value["started_at"], token, seen])
+        return np.array([routed, *rise, value["started_at"], token, seen])
     remote = value["remote"] == 1
     first = remote & (value["reserved_at"] <= value["prefill_queued_at"])  # blocks were reserved before the prefill
     prefilled = np.where(remote, value["prefilled_at"], token)
@@ -149,6 +251,7 @@ def first_token_moments(requests: "xr.Dataset", overheads: "Overheads", first_by
         [
             routed,
             np.where(first, value["reserved_at"], routed),
+            *rise,
             value["started_at"],
             prefilled,
             np.where(moves, value["transfer_began_at"], prefilled),
@@ -179,7 +282,10 @@ def ttft_parts(requests: "xr.Dataset", overheads: "Overheads", first_by_prefill:
     """The parts of each request's time to first token [part, request], seconds; NaN where it has no first token."""
     moments = first_token_moments(requests, overheads, first_by_prefill)
     moments[:, np.isnan(moments[-1])] = np.nan
-    names = PARTS if "remote" in requests else TOGETHER
+    names: tuple[str, ...] = PARTS if "remote" in requests else TOGETHER
+    if "onboarding_ended_at" in requests:
+        at = names.index("wait for prefill")
+        names = (*names[:at], *ONBOARDING, *names[at:])
     return _parts(
         requests, names, exact_parts(requests.arrived_at.values, moments), "ttft_parts", "time to first token"
     )

@@ -7,6 +7,8 @@ import msgspec
 from vecsim.declaration import Declaration, Range, Time
 from vecsim.own import check_own, name_of, named, stands_for
 
+Share = Annotated[float, Range(0, 1)]
+
 
 class Router(Declaration, frozen=True, kw_only=True, tag=True):
     """How a worker is chosen for each request when it arrives. Equal ones go by number, the least first.
@@ -15,8 +17,8 @@ class Router(Declaration, frozen=True, kw_only=True, tag=True):
     """
 
     def numbers(self) -> tuple[float, ...]:
-        """What a cached block is worth, weight of prefill, temperature, and latency of events [s]."""
-        return 0.0, 0.0, 0.0, 0.0
+        """Worth of a cached block, weight of prefill, temperature, latency of events [s], credits of host and disk."""
+        return 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 class RoundRobinRouter(Router, frozen=True, kw_only=True, tag=True):
@@ -58,12 +60,16 @@ class KVAwareRouter(Router, frozen=True, kw_only=True, tag=True):
     ----------
     overlap_credit : float
         Blocks' worth of a cached one; 0 is to look at the load alone.
+    host_credit, disk_credit : float
+        Share of that for a block that must be brought up from the worker's host memory, or its disk. These follow the
+        leading ones in its GPU memory.
     prefill_load_scale : float
         Weight of blocks to be computed.
     temperature : float
         With 0 the least cost is chosen, else any with weight exp(-cost / temperature), the costs scaled to [0, 1].
     event_latency : float
-        Seconds from the end of the step in which a worker caches or evicts a block until the router knows.
+        Seconds from the end of the step in which a worker caches or evicts a block until the router knows; from when a
+        block comes to a lower tier, or goes.
 
     Raises
     ------
@@ -75,9 +81,14 @@ class KVAwareRouter(Router, frozen=True, kw_only=True, tag=True):
     prefill_load_scale: Annotated[float, Range(0)] = 1.0
     temperature: Annotated[float, Range(0)] = 0.0
     event_latency: Time = 0.0
+    host_credit: Share = 0.75
+    disk_credit: Share = 0.25
 
     def numbers(self) -> tuple[float, ...]:
-        return self.overlap_credit, self.prefill_load_scale, self.temperature, self.event_latency
+        return (
+            *(self.overlap_credit, self.prefill_load_scale, self.temperature, self.event_latency),
+            *(self.host_credit, self.disk_credit),
+        )
 
 
 class OverlapRouter(Router, frozen=True, kw_only=True, tag=True):
@@ -85,7 +96,7 @@ class OverlapRouter(Router, frozen=True, kw_only=True, tag=True):
 
     That is 2 x cached share of the prompt - KV use - share of waiting. KV use is the share of its KV memory in use; the
     requests that wait there are counted in those of the worker with the most.
-    Of equal ones any.
+    Of equal ones any. Lower tiers of caches don't count.
 
     Parameters
     ----------
@@ -101,7 +112,7 @@ class OverlapRouter(Router, frozen=True, kw_only=True, tag=True):
     event_latency: Time = 0.0
 
     def numbers(self) -> tuple[float, ...]:
-        return 1.0, 1.0, 0.0, self.event_latency
+        return 1.0, 1.0, 0.0, self.event_latency, 0.0, 0.0
 
 
 class CustomRouter(Router, frozen=True, kw_only=True, tag=True):
@@ -140,7 +151,7 @@ class CustomRouter(Router, frozen=True, kw_only=True, tag=True):
         return name_of(self.rule)
 
     def numbers(self) -> tuple[float, ...]:
-        return 1.0, 1.0, 0.0, self.event_latency
+        return 1.0, 1.0, 0.0, self.event_latency, 0.0, 0.0
 
 
 AnyRouter = (

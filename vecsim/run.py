@@ -18,9 +18,12 @@ from vecsim.paths import (
     HOP_TIME,
     HOPS,
     PATH_VARIABLES,
+    RISE_VARIABLES,
     TRANSFER_TIME,
     hop_times,
     links_dataset,
+    rise_values,
+    tiers_dataset,
     transfer_parts,
     ttft_parts,
     workers_dataset,
@@ -68,7 +71,8 @@ class Run:
     Of fleets requests and steps have their `worker`, and there are `workers` and `workers_over_time`; a `slot` is that
     worker's. Where prefill is kept apart requests have the way they went (`prefill_worker`, `remote`, `reserved_at`,
     `prefilled_at`, `transfer_began_at`, `transfer_time`, `hop_time` and more), and there are `transfer_parts` and
-    `links`.
+    `links`. Where the workers' caches have lower tiers requests have `host_hit_tokens`, `disk_hit_tokens` and
+    `onboarding_time`, and there is `tiers`.
     """
 
     def __init__(
@@ -92,7 +96,10 @@ class Run:
         classes = tuple(kind.name for kind in self.engine.load_generator.classes) if token else ()
         metrics, apart = self._single.metrics[np.newaxis], isinstance(self.engine, DisaggregatedEngine)
         changing = isinstance(self.engine, Fleet) and self.engine.changes
-        return metrics_dataset(metrics, {}, {}, self._quantiles, attrs, token, classes, apart, changing)
+        tiered = self._single.rise is not None
+        return metrics_dataset(
+            metrics, {}, {}, self._quantiles, attrs, token, classes, apart, changing, tiered
+        )  # fmt: skip
 
     @functools.cached_property
     def requests(self) -> "xr.Dataset":
@@ -116,6 +123,10 @@ class Run:
         if (lives := self._single.lives) is not None:
             for variable in LIFE_VARIABLES:
                 variables[variable.name] = describe(variable, ("request",), getattr(lives, variable.name))
+        if (rise := self._single.rise) is not None:
+            assert isinstance(self.engine, Fleet)
+            brought = rise_values(rise, self.engine.cached_block_size)
+            variables |= {kind.name: describe(kind, ("request",), brought[kind.name]) for kind in RISE_VARIABLES}
         if isinstance(self.engine, TickDisaggregatedEngine):
             scratch = self._single.scratch
             assert isinstance(scratch, ApartScratch)
@@ -136,7 +147,8 @@ class Run:
         Added up they are the time to first token to the last bit, in any order, and none is below 0; NaN where there is
         no first token. Where a worker does both, and in an `Engine`: before routing, wait for prefill, prefill, until
         seen. Where prefill is kept apart there are the waits for the decode worker's blocks, the transfer, and the wait
-        and first step of the decode worker too; all 0 where they didn't delay the token.
+        and first step of the decode worker too; all 0 where they didn't delay the token. Where caches have lower tiers
+        the wait for onboarding, until there are blocks, and onboarding come before the wait for prefill.
 
         Raises
         ------
@@ -176,6 +188,19 @@ class Run:
         engine = self._apart("links")
         assert self._single.path is not None
         return links_dataset(self._single.path, self.requests, float(self.metrics.end_time), engine.prefill_workers)
+
+    @functools.cached_property
+    def tiers(self) -> "xr.Dataset":
+        """Host memory and disk of each worker over the whole run, its warm-up too [worker, tier, way of a link].
+
+        Raises
+        ------
+        ValueError
+            When no worker has any.
+        """
+        if self._single.rise is None:
+            raise ValueError("tiers are there for fleets whose kv_cache has tiers")
+        return tiers_dataset(self._single.rise, float(self.metrics.end_time))
 
     @functools.cached_property
     def workers(self) -> "xr.Dataset":

@@ -25,11 +25,17 @@ from vecsim.kernel.state import (
     TokenRecord,
 )
 from vecsim.lives import Lives
-from vecsim.paths import Path
+from vecsim.paths import Path, Rise
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed, same_rule
 from vecsim.streams import draw_streams
 from vecsim.threads import INLINE, Workers, available_threads
-from vecsim.token_simulate import check_token_memory, comes_and_goes, keeps_apart, run_token_block
+from vecsim.token_simulate import (
+    check_token_memory,
+    comes_and_goes,
+    keeps_apart,
+    keeps_tiers,
+    run_token_block,
+)
 from vecsim.variables import row_width
 
 AnyOutcome = Outcome | ApartOutcome | ClusterOutcome
@@ -102,6 +108,7 @@ class Single(NamedTuple):
     steps: StepRecord | None  # of the token model
     path: Path | None = None  # of a fleet that keeps prefill apart
     lives: Lives | None = None  # of a fleet whose workers come and go
+    rise: Rise | None = None  # of a fleet whose workers have tiers below their caches
 
 
 class Measured(NamedTuple):
@@ -116,7 +123,8 @@ class Measured(NamedTuple):
         classes = 0 if table.token is None else len(table.token.class_names or ())
         apart = table.token is not None and keeps_apart(table.token.fleets)
         changing = table.token is not None and comes_and_goes(table.token.fleets)
-        return row_width(table.token is not None, self.quantiles.size, classes, apart, changing)
+        tiered = table.token is not None and keeps_tiers(table.token.groups)
+        return row_width(table.token is not None, self.quantiles.size, classes, apart, changing, tiered)
 
 
 def simulate(
@@ -187,7 +195,7 @@ def _simulate_one_token(table: Table, measured: Measured, workers: Workers) -> S
         if status[0] == DONE and run is not None:
             kept = run.requests
             record = TokenRecord(*(array[:, :kept] for array in results.record))
-            return Single(results.metrics[0], record, None, None, run.steps, run.path, run.lives)
+            return Single(results.metrics[0], record, None, None, run.steps, run.path, run.lives, run.rise)
         if status[0] == OUT_OF_STEPS:
             steps *= 4
         else:

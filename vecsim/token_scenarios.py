@@ -101,7 +101,11 @@ class TokenTables:
     def put_fleet(self, rows: list[dict[str, Any]], cluster: Fleet) -> tuple[int, ...]:
         place, first = len(self.fleets), len(self.groups)
         self.groups += (
-            (*(float(row[name]) for name in self.fields()), places, pool.workers, *pool.start_up, pool.gpus)
+            (
+                *(float(row[name]) for name in self.fields()),
+                *(places, pool.workers, *pool.start_up, pool.gpus),
+                *(pool.kv_cache or KVCache()).tier_numbers(),
+            )
             for row, pool, places in zip(rows, cluster.pools, cluster.places(), strict=True)
         )
         control = self.control_numbers(cluster)

@@ -19,6 +19,7 @@ from vecsim.kernel.state import (
     Life,
     StepRecord,
     Streams,
+    Tiers,
     TokenJob,
     TokenScratch,
     TokenStreams,
@@ -28,7 +29,7 @@ from vecsim.kernel.state import (
 from vecsim.lengths import MOST_TOKENS
 from vecsim.lives import Lives, lives_of
 from vecsim.load import OUTPUT, PROMPT, TURNS
-from vecsim.paths import Path, path_of
+from vecsim.paths import Path, Rise, path_of, rise_of
 from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_rule
 from vecsim.series import total_over_time
 from vecsim.streams import draw_streams, values_of
@@ -47,6 +48,7 @@ class TokenRun(NamedTuple):
     steps: StepRecord
     path: Path | None  # of a fleet that keeps prefill apart
     lives: Lives | None  # of a fleet whose workers come and go
+    rise: Rise | None  # of a fleet whose workers have tiers below their caches
 
 
 def run_token_block(
@@ -96,11 +98,11 @@ def run_token_block(
         if not hasattr(own, "room"):
             own.room = room.make()
             own.record = room_for_steps(steps)
-        scratch, work, fleet, life, (nodes, node_of, owned, cached) = own.room
+        scratch, work, fleet, life, tiers, (nodes, node_of, owned, cached) = own.room
         return TokenJob(
             block.scenarios, block.stream, block.arrival_stream, streams, table.time_limit, measured.warmup,
-            measured.quantiles, scratch, work, fleet, life, nodes, node_of, owned, cached, own.record, results.metrics,
-            results.enqueued, status, workers.stop,
+            measured.quantiles, scratch, work, fleet, life, tiers, nodes, node_of, owned, cached, own.record,
+            results.metrics, results.enqueued, status, workers.stop,
         )  # fmt: skip
 
     kernels = {
@@ -133,7 +135,9 @@ def run_token_block(
                 kept = write_token_record(row, requests, job(), results.record)
                 fleet, came = own.room[2], own.room[1].own[STATE, :requests] != UNSEEN
                 path = path_of(fleet, came) if room.moves else None
-                latest["run"] = TokenRun(kept, made, path, lives_of(own.room[3], came) if room.changes else None)
+                lives = lives_of(own.room[3], came) if room.changes else None
+                rise = rise_of(own.room[4], fleet, came) if room.tiered else None
+                latest["run"] = TokenRun(kept, made, path, lives, rise)
             if keeps_queue:
                 results.queue[row] = queue_at(measured.instants, made)
 
@@ -160,6 +164,13 @@ def comes_and_goes(fleets: Any) -> bool:
     from vecsim.kernel.token_scenarios import CONTROL
 
     return any(numbers[CONTROL] != 0 for numbers in fleets)
+
+
+def keeps_tiers(groups: Any) -> bool:
+    """Whether any kind of worker [kind, field] has a tier below its cache."""
+    from vecsim.kernel.token_scenarios import CAPACITY
+
+    return any(numbers[CAPACITY] > 0 for numbers in groups)
 
 
 def room_for_steps(steps: int) -> StepRecord:
@@ -239,6 +250,7 @@ class Room:
     def __init__(self, table: Table, block: Block, numbers: Streams, streams: TokenStreams) -> None:
         from vecsim.kernel.token_scenarios import (
             FIELDS,
+            IN_FLIGHT,
             PREFILL_ROUTER,
             ROUTER,
             ROUTER_FIELDS,
@@ -263,6 +275,8 @@ class Room:
         self.moves = keeps_apart(fleets)
         self.changes = comes_and_goes(fleets)
         self.counts_changes = comes_and_goes(table.token.fleets)  # in other blocks too
+        self.tiered = keeps_tiers(streams.groups)
+        self.most_batches = int(streams.groups[:, IN_FLIGHT].max(initial=0))
         self.logged = LOGGED if self.changes else 0
         merging = fleets[:, TRANSFER + Transfer._fields.index("merges")] != 0
         most = streams.groups[:, FIELDS.index("blocks")].max(initial=0)
@@ -285,6 +299,7 @@ class Room:
         cached = (4.0 * (NODE_ROWS * self.nodes + self.ids + OWNED_ROWS * self.requests) + self.with_ids) * self.caching
         parts = {
             f"{self.requests:.3g} requests in one scenario": float(BYTES_PER_REQUEST) * self.requests,
+            f"the ways of {self.requests:.3g} requests' blocks": 280.0 * self.requests * self.tiered,
             f"outputs of up to {self.longest:.3g} tokens": 8.0 * self.ring,
             f"{self.with_ids:.3g} blocks with ids, of the prompts of all requests": cached,
             f"{self.workers:.3g} workers": float(self.workers) * self.bytes_per_worker(),
@@ -304,6 +319,8 @@ class Room:
         numbers = 8.0 * (token_state.COUNTS + token_state.SUMS + PLACE_WORDS + self.classes + 4)
         batch = 4.0 * (2 * self.ring + self.block_size + 12 * self.worker_slots + 64)
         known = 16.0 * self.ids * self.looks_inside
+        if self.tiered:
+            known += self.ids * (36.0 + 32.0 * self.looks_inside) + 2000.0 * self.most_batches
         return numbers + batch + known + 4.0 * (NODE_ROWS * self.nodes + self.ids) * self.caching
 
     def _blocks(
@@ -331,7 +348,7 @@ class Room:
             nodes = max(nodes, int(min(blocks, own_ids + own_with + 2 * self.requests)) + 4)
         return ids, with_ids, nodes
 
-    def make(self) -> tuple[TokenScratch, TokenWork, Fleet, Life, tuple[Array, Array, Array, Array]]:
+    def make(self) -> tuple[TokenScratch, TokenWork, Fleet, Life, Tiers, tuple[Array, Array, Array, Array]]:
         """Room for one thread."""
         from vecsim.kernel import token_state
         from vecsim.kernel.kv import NODE_ROWS, OWNED_ROWS
@@ -392,7 +409,7 @@ class Room:
             whole(OWNED_ROWS, requests),
             np.zeros(self.with_ids + 1 if self.caching else 0, np.uint8),
         )
-        return scratch, work, self.make_fleet(), self.make_life(), cache
+        return scratch, work, self.make_fleet(), self.make_life(), self.make_tiers(), cache
 
     def make_fleet(self) -> Fleet:
         """Room for the largest fleet of a block; of no worker where there is none."""
@@ -473,8 +490,37 @@ class Room:
             starving=whole(workers, 2 * slots),
             nodes=whole(workers, NODE_ROWS, self.nodes if self.caching else 0),
             node_of=whole(workers, self.ids if self.caching else 0),
-            seen=np.zeros((workers, places(self.ids) if self.looks_inside else 0)),
+            seen=np.zeros((workers, places(self.ids, self.tiered) if self.looks_inside or self.tiered else 0)),
             parts=np.zeros(MEANS if self.moves else 0),
+        )
+
+    def make_tiers(self) -> Tiers:
+        """Room for what is below the caches of workers, where any scenario of a block has that."""
+        from vecsim.kernel import tier_sets, tiers
+        from vecsim.kernel.links import links_for
+
+        workers = self.workers if self.tiered else 0
+        n = self.requests if self.tiered else 0
+        ids = self.ids if self.tiered else 0
+        batches = self.most_batches
+
+        def whole(*shape: int) -> Array:
+            return np.zeros(shape, np.int32)
+
+        return Tiers(
+            on=False,
+            links=links_for(workers * tier_sets.LEVELS * tiers.WAYS, tier_sets.LEVELS * (n + workers * batches)),
+            bandwidths=np.zeros(workers * tier_sets.LEVELS * tiers.WAYS),
+            after=whole(workers, tier_sets.LEVELS, ids + 1),
+            before=whole(workers, tier_sets.LEVELS, ids + 1),
+            line=whole(workers, tier_sets.LEVELS, ids),
+            lists=np.zeros((workers, tier_sets.LEVELS, tier_sets.BATCHES + batches), np.int64),
+            sightings=whole(workers, ids),
+            changed=np.zeros((workers, 2 * tier_sets.LEVELS, ids if self.looks_inside else 0)),
+            way=whole(tier_sets.WAY_ROWS, n),
+            instants=np.zeros((tiers.INSTANT_ROWS, n)),
+            numbers=np.zeros((tier_sets.NUMBER_ROWS, workers), np.int64),
+            means=np.zeros(tiers.MEANS if self.tiered else 0),
         )
 
     def make_life(self) -> Life:

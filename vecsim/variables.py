@@ -205,6 +205,23 @@ CHANGING_VARIABLES = (
     ),
 )
 
+# Of fleets whose workers have tiers below their caches, in the order of `vecsim.kernel.tiers`
+TIER_VARIABLES = (
+    Variable(
+        "host_hit_rate",
+        "host hit rate",
+        "1",
+        "prompt tokens brought up from host memory, of all prompt tokens; `prefix_hit_rate` counts all tiers",
+    ),
+    Variable("disk_hit_rate", "disk hit rate", "1", "prompt tokens brought up from disk, of all prompt tokens"),
+    Variable(
+        "onboarding_time",
+        "time to bring blocks up",
+        SECONDS,
+        "mean time that the blocks of a request took to come from lower tiers, of requests that had such",
+    ),
+)
+
 # Parts of the time to first token, in the order in which they pass
 PARTS = (
     "before routing",
@@ -257,12 +274,15 @@ def metric_variables(token: bool) -> tuple[Variable, ...]:
     return TOKEN_VARIABLES if token else TICK_VARIABLES
 
 
-def row_width(token: bool, quantiles: int, classes: int = 0, apart: bool = False, changing: bool = False) -> int:
-    """Numbers in a row of metrics; whether prefill is kept apart, and workers come and go."""
+def row_width(
+    token: bool, quantiles: int, classes: int = 0, apart: bool = False, changing: bool = False, tiered: bool = False
+) -> int:
+    """Numbers in a row of metrics; whether prefill is kept apart, workers come and go, and caches have tiers."""
     variables = metric_variables(token)
     stats = sum(variable.over_stat for variable in variables)
     more = len(APART_VARIABLES) - 1 + len(PARTS) if apart else 0
     more += len(CHANGING_VARIABLES) if changing else 0
+    more += len(TIER_VARIABLES) if tiered else 0
     return stats * (quantiles + 2) + len(variables) - stats + len(CLASS_VARIABLES) * classes + more
 
 

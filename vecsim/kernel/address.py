@@ -36,6 +36,7 @@ from vecsim.kernel.state import (
     StepBatch,
     StepModel,
     StepRecord,
+    Tiers,
     TokenBatch,
     TokenLoad,
     TokenWork,
@@ -191,6 +192,18 @@ WORLD = Placed(
                 fate=WHOLE_ROWS,
                 numbers=NUMBERS,
             ),
+            tiers=like(
+                Tiers,
+                links=links_for(0, 0),
+                bandwidths=FLOATS,
+                means=FLOATS,
+                instants=FLOAT_ROWS,
+                **dict.fromkeys(("sightings", "way"), WHOLE_ROWS),
+                numbers=NUMBER_ROWS,
+                **dict.fromkeys(("after", "before", "line"), np.empty((0, 0, 0), np.int32)),
+                lists=np.empty((0, 0, 0), np.int64),
+                changed=np.empty((0, 0, 0)),
+            ),
             groups=FLOAT_ROWS,
             **dict(zip(("tables", "load", "work", "cache", "record"), TOKEN_TUPLES[2:], strict=True)),
             time_limit=0.0,
@@ -200,12 +213,16 @@ WORLD = Placed(
             own_duration=0,
             own_planner=0,
             live=0,
+            tiers_act=0,
         )
     )
 )
 
 # What is called at the events of workers' lives
 LIVE = (WORLD, TIME, COUNT)
+
+# What is called for tiers: what to do, a request, a worker, when
+TIERS_ACT = (WORLD, COUNT, COUNT, COUNT, TIME)
 
 
 def compiled(dispatcher: Any, kinds: tuple[Any, ...]) -> Any:
@@ -255,6 +272,7 @@ call_token_loop = caller(TOKEN_LOOP, COUNT)
 found = finder(PLACE)
 call_fleet_loop = caller((WORLD,), COUNT)
 call_live = caller(LIVE, COUNT)
+call_tiers = caller(TIERS_ACT, COUNT)
 PLANNED = numba.types.UniTuple(COUNT, 2)
 call_planner = caller(OWN_ARGUMENTS["planner"], PLANNED)
 TICK_OUTCOME = numba.typeof(like(Outcome))

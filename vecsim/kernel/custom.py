@@ -23,6 +23,7 @@ from vecsim.kernel.address import (
     PLANNED,
     TICK_LOOP,
     TICK_OUTCOME,
+    TIERS_ACT,
     TIME,
     TOKEN_LOOP,
     WORLD,
@@ -126,12 +127,12 @@ def token_kernel(own: tuple[Any, Any, Any, Any], job: TokenJob) -> Callable[[int
     step_time_at = rule_address(step_time, "step", TIME)[1] if step_time is not None else 0
     router_at = rule_address(router, "router", COUNT)[1] if router is not None else 0
     planner_at = rule_address(planner, "planner", PLANNED)[1] if planner is not None else 0
-    kinds = (*[COUNT] * 9, numba.typeof(job))
+    kinds = (*[COUNT] * 10, numba.typeof(job))
     helper = None
     if not (is_compiled("simulate") or is_compiled("run_token_scenarios")):
         helper = compile_beside(kinds)
     loop = address_of(simulate, TOKEN_LOOP, COUNT)
-    fleet_loop = live_at = 0
+    fleet_loop = live_at = tiers_at = 0
     if job.fleet.group.size > 0:
         from vecsim.kernel.fleet import simulate_fleet
 
@@ -140,11 +141,15 @@ def token_kernel(own: tuple[Any, Any, Any, Any], job: TokenJob) -> Callable[[int
         from vecsim.kernel.losses import live
 
         live_at = address_of(live, LIVE, COUNT)
+    if job.tiers.numbers.size > 0:
+        from vecsim.kernel.tiers import tiers_act
+
+        tiers_at = address_of(tiers_act, TIERS_ACT, COUNT)
     if helper is not None:
         helper.wait()
     scenarios = compiled(run_token_scenarios, kinds).entry_point
     run = functools.partial(
-        scenarios, loop, fleet_loop, live_at, rule_at, step_time_at, router_at, planner_at
+        scenarios, loop, fleet_loop, live_at, tiers_at, rule_at, step_time_at, router_at, planner_at
     )  # fmt: skip
     names = " or ".join(function.py_func.__name__ for function in own if function is not None)
 

@@ -2,8 +2,8 @@
 
 Each worker runs the step loop of `vecsim.kernel.token`, called by its address, from one boundary until the next thing
 that may concern it: who it serves, and what a step does, is decided there alone. What a step does is known when it
-begins; others learn of it when it ends. Ties go: what moves between workers, arrivals, boundaries of workers in their
-order.
+begins; others learn of it when it ends. Ties go: what moves between workers, then between tiers of their caches,
+arrivals, boundaries of workers in their order.
 
 Where prefill is kept apart, the first workers do nothing else: to them a request has one token to yield, and what they
 hold for it stays until it has moved to the worker that decodes.
@@ -11,7 +11,7 @@ hold for it stays until it has moved to the worker that decodes.
 
 import numpy as np
 
-from vecsim.kernel import links, tree
+from vecsim.kernel import links, seen, tree
 from vecsim.kernel.address import call_live
 from vecsim.kernel.handover import (
     NOTICE,
@@ -71,6 +71,7 @@ from vecsim.kernel.state import (
     STOPS,
     TOO_LONG,
 )
+from vecsim.kernel.tier_sets import BEGINS, ENDS, FLOW_ENDS, OFFERS, act, next_flow_end
 from vecsim.kernel.token import (
     MOST_STEPS,
     due_at,
@@ -148,6 +149,8 @@ def reset(world):
         fleet.present[unsigned(group)] = whole(world.groups[unsigned(group), GROUP_WORKERS])
     if world.control.changes:
         reset_life(world)
+    if world.tiers.on:
+        act(world, BEGINS, 0, 0, 0.0)
     if world.transfer.merges:
         reset_places(world)
 
@@ -184,6 +187,9 @@ def go_on(world, worker, kind, due, users_wait):
         until = min(until, next_move(world))
     if world.control.changes:
         until = min(until, next_of_life(world))
+    tiered = world.tiers.on
+    if tiered:
+        until = min(until, next_flow_end(world))
     measures = fleet.sums[w, END_TIME] >= world.warmup
     if measures and fleet.counts[w, MEASURING] == 0:
         if world.warmup > 0.0:
@@ -194,7 +200,8 @@ def go_on(world, worker, kind, due, users_wait):
     if not measures:
         until = min(until, world.warmup)
         horizon = min(horizon, world.warmup)
-    fleet.sums[w, HORIZON] = 0.0 if looks_inside(world.router) or looks_inside(world.prefill_router) else horizon
+    inside = tiered or looks_inside(world.router) or looks_inside(world.prefill_router)
+    fleet.sums[w, HORIZON] = 0.0 if inside else horizon
     if users_wait or world.split.prefill_workers > 0 or world.control.changes:
         tree.put(fleet.clock, worker, np.inf)
         until = min(until, fleet.clock[1])
@@ -205,12 +212,14 @@ def go_on(world, worker, kind, due, users_wait):
     status = visit(world, worker, kind, until)
     while (
         status == IDLE
-        and world.split.prefill_workers > 0
+        and (world.split.prefill_workers > 0 or tiered)
         and (fleet.counts[w, PREEMPTED] != preempted or gives_way(world, worker))
     ):
         preempted = fleet.counts[w, PREEMPTED]
         status = visit(world, worker, kind, until)
     after = fleet.sums[w, END_TIME]
+    if status == IDLE and tiered and seen.has_new(fleet.seen[w]):  # no step follows
+        act(world, OFFERS, 0, worker, after)
     if status == IDLE:
         after = np.inf
         status = DONE
@@ -237,7 +246,8 @@ def simulate_fleet(world):
     time_limit, between = world.time_limit, fleet.between
     apart = split.prefill_workers > 0
     users_wait = load.closed or load.follower.size > 0
-    changes = world.control.changes
+    changes, tiered = world.control.changes, world.tiers.on
+    tiers_due = np.inf
     life_due = np.inf
     reset(world)
 
@@ -256,6 +266,9 @@ def simulate_fleet(world):
             moving_due = next_move(world)
         due = min(static_due, dynamic_due)
         t = min(moving_due, due, fleet.clock[1])
+        if tiered:
+            tiers_due = next_flow_end(world)
+            t = min(t, tiers_due)
         if changes:
             life_due = next_of_life(world)
             if due == np.inf and world.life.numbers[LIVE] == 0 and time_limit == np.inf:
@@ -269,6 +282,8 @@ def simulate_fleet(world):
             issued = call_live(world.live, (world, t, whole(-1))) != 0
         elif moving_due == t:
             move_on(world, t)
+        elif tiers_due == t:
+            act(world, FLOW_ENDS, 0, 0, t)
         elif due == t:
             request, static_due, dynamic_due = take_arrival(work, load, static, static_due, dynamic_due)
             if changes:
@@ -278,7 +293,7 @@ def simulate_fleet(world):
             worker = tree.first(fleet.clock)
             w = unsigned(worker)
             prefills, waits = prefills_only(world, worker), fleet.waiting[unsigned(2 * worker)] >= 0
-            stops = users_wait or prefills or waits or changes or world.transfer.merges
+            stops = users_wait or prefills or waits or changes or tiered or world.transfer.merges
             if stops and is_behind(world, worker, t):
                 bring_up(world, worker, t)
                 tree.put(fleet.clock, worker, fleet.sums[w, END_TIME])
@@ -288,9 +303,11 @@ def simulate_fleet(world):
             elif stops and fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
                 issued = let_others_know(world, worker, t)
             else:
+                if tiered and seen.has_new(fleet.seen[w]):
+                    act(world, OFFERS, 0, worker, t)
                 if prefills and split.queued:
                     feed(world, t)
-                if waits:
+                if fleet.waiting[unsigned(2 * worker)] >= 0:
                     make_room(world, worker, t)
                 go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait)
         if not issued:
@@ -307,6 +324,8 @@ def simulate_fleet(world):
     if apart:
         links.settle(fleet.links, max(work.sums[END_TIME], now))
         write_parts(world)
+    if tiered:
+        act(world, ENDS, 0, 0, max(work.sums[END_TIME], now))
     return status
 
 
@@ -332,6 +351,11 @@ def gather(world, status):
                 own[STATE, r] = QUEUED
                 counts[WAITING] += 1
             counts[ENQUEUED] += own[STATE, r] != UNSEEN
+    if world.tiers.on:  # those whose blocks are brought up are in no queue
+        counts[WAITING] = counts[ENQUEUED] = 0
+        for request in range(world.load.prompt_tokens.size):
+            counts[WAITING] += own[STATE, unsigned(request)] == QUEUED
+            counts[ENQUEUED] += own[STATE, unsigned(request)] != UNSEEN
     if status == DONE and time_limit < np.inf:
         sums[END_TIME] = max(sums[END_TIME], time_limit)
     if world.control.changes:

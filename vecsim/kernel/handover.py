@@ -31,10 +31,10 @@ from vecsim.kernel.life import (
     set_alarm,
     turn_off_if_done,
 )
-from vecsim.kernel.placed import fetched
 from vecsim.kernel.places import DESTINATION, SOURCE, free_places, runs_to_move, take_places
 from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, could_hold, not_started, outstanding, route
 from vecsim.kernel.state import RESERVED
+from vecsim.kernel.tier_sets import COMES, IN_LINE, RISES, RISING, act, has_tiers
 from vecsim.kernel.token import follow_up, issue_after_drop, let_ended_go, report, reset_requests
 from vecsim.kernel.token_batch import give_back, reservation, take_blocks, yield_blocks
 from vecsim.kernel.token_scenarios import memory_of, policy_of
@@ -84,11 +84,13 @@ from vecsim.kernel.world import (
     judge,
     kind_of,
     look_again,
+    name_ended,
     note_load,
     prefills_only,
     send,
     tell_of_room,
     view,
+    visiting,
 )
 
 # Rows of `way` [request] after `PREFILLS_AT` and `DECODES_AT`: whether it prefills elsewhere than it decodes; the one
@@ -272,7 +274,35 @@ def arrive_at_prefill(world, request, worker, t):
     fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
     fleet.own[KV, r] = PINNED
     assign(world, request, worker, whole(1))
-    send(world, request, worker, t)
+    come(world, request, worker, t)
+
+
+@bare
+def come(world, request, worker, t):
+    """Put a request into the inbox of a worker, once what lower tiers have of it is brought up."""
+    if not has_tiers(world, worker):
+        send(world, request, worker, t)
+        return
+    fleet = world.fleet
+    bring_up(world, worker, t)
+    if not act(world, COMES, request, worker, t):
+        put_in(fleet.waiting, 2 * worker, fleet.way, request)
+        world.tiers.way[IN_LINE, unsigned(request)] = 1
+        look_again(world, worker)  # it must not run on over the next end, which may make room
+
+
+@bare
+def rise_in_turn(world, worker, t):
+    """Blocks have come free: bring up for the first in line that wait for that; returns whether none is left there."""
+    fleet, tiers = world.fleet, world.tiers
+    first = 2 * worker
+    while fleet.waiting[first] >= 0:
+        request = whole(fleet.waiting[first])
+        if tiers.way[IN_LINE, unsigned(request)] == 0 or not act(world, RISES, request, worker, t):
+            return False
+        take_out(fleet.waiting, whole(first), fleet.way)
+        tiers.way[IN_LINE, unsigned(request)] = 0
+    return True
 
 
 @inlined
@@ -344,30 +374,6 @@ def feed(world, t):
 
 
 @bare
-def name_ended(world, worker):
-    """Have the blocks of requests that have ended at a worker be found: their followers may come before they leave."""
-    fleet, load = world.fleet, world.load
-    w = unsigned(worker)
-    memory = memory_of(world.groups[kind_of(world, worker)])
-    if not memory.caching or load.follower.size == 0:
-        return
-    cache = cache_of(world, worker)
-    for i in range(fleet.counts[w, REPORTED]):
-        request = whole(fleet.ended[w, unsigned(i)])
-        r = unsigned(request)
-        shared, own_start = blocks_with_ids(cache, memory, request)
-        computed = whole(load.prompt_tokens[r]) + whole(load.output_tokens[r]) - 1
-        full = min(full_blocks(computed, memory.block_size, memory.shift), shared)
-        named = whole(cache.owned[kv.NAMED, r])
-        if full > named:
-            kv.name(
-                fleet.counts[w], cache.nodes, cache.node_of, cache.seen, cache.own, cache.ids, own_start, request,
-                named, full,
-            )  # fmt: skip
-            cache.owned[kv.NAMED, r] = full
-
-
-@bare
 def try_to_reserve(world, request, worker, t):
     """Reserve a request's blocks at its decode worker, which is at its first boundary from `t` on."""
     fleet = world.fleet
@@ -424,7 +430,11 @@ def retry(world, worker, t):
     fleet, work = world.fleet, world.work
     first = 2 * worker
     while fleet.waiting[first] >= 0:
+        if world.tiers.on and rise_in_turn(world, worker, t):
+            break
         request = whole(fleet.waiting[first])
+        if world.tiers.on and world.tiers.way[IN_LINE, unsigned(request)] != 0:
+            break
         if not try_to_reserve(world, request, worker, t):
             break
         take_out(fleet.waiting, first, fleet.way)
@@ -437,13 +447,13 @@ def retry(world, worker, t):
 
 @bare
 def make_room(world, worker, t):
-    """Free what requests that have ended hold at a decode worker, for those that wait for blocks there."""
+    """Free what requests that have ended hold at a worker, for those that wait for blocks there."""
     counts = world.fleet.counts
     w = unsigned(worker)
     policy = policy_of(world.groups[kind_of(world, worker)])
     if counts[w, ENDED] > 0 and not (policy.into_empty and counts[w, DECODING] + counts[w, PREFILLING] > 0):
         let_ended_go(
-            view(world, worker, world.work.gaps), fetched(world.load), cache_of(world, worker),
+            view(world, worker, world.work.gaps), visiting(world, worker), cache_of(world, worker),
             memory_of(world.groups[kind_of(world, worker)]), policy,
         )  # fmt: skip
     retry(world, worker, t)
@@ -557,6 +567,9 @@ def unpin(world, request, t):
     else:
         free_all(world, request, worker, whole(world.load.prompt_tokens[r]))
         tell_of_room(world, worker, t)
+        if world.tiers.on and fleet.waiting[unsigned(2 * worker)] >= 0:
+            bring_up(world, worker, t)
+            rise_in_turn(world, worker, t)
     if world.control.changes:
         world.life.whole[HOLDS, unsigned(worker)] -= 1
         turn_off_if_done(world, worker, t)
@@ -720,7 +733,7 @@ def serve(world, request, worker, t):
     note_choice(world, request, worker)
     world.work.own[COMPUTED, r] = 0
     assign(world, request, worker, whole(1))
-    send(world, request, worker, t)
+    come(world, request, worker, t)
 
 
 @inlined
@@ -875,7 +888,10 @@ def gives_way(world, worker):
 
     Returns whether there was one.
     """
-    if prefills_only(world, worker):
+    if world.tiers.on:
+        if world.tiers.numbers[RISING, unsigned(worker)] > 0:  # whose blocks will come free again
+            return False
+    elif prefills_only(world, worker):
         return False
     p = world.groups[kind_of(world, worker)]
     return yield_blocks(

@@ -12,6 +12,7 @@ from vecsim.kernel import tree
 from vecsim.kernel.heap import pop, push
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.routing import outstanding, uniform
+from vecsim.kernel.tier_sets import CLEARS, act
 from vecsim.kernel.token_scenarios import GROUP_WORKERS, READY_WORKERS, START_UP, START_UP_SIGMA
 from vecsim.kernel.world import add_up, begin_anew, kind_of, note_load, prefills_only
 from vecsim.scaling import FIRST_CHANGE, INTERVAL, SAMPLE_INTERVAL, SCHEDULE
@@ -183,6 +184,8 @@ def get_ready(world, worker, t):
     set_due(world, whole(STARTED), worker, np.inf)
     add_up(world, worker)
     begin_anew(world, worker, t)
+    if world.tiers.on:
+        act(world, CLEARS, 0, worker, t)
     life.whole[HOLDS, w] = life.whole[DOOM, w] = 0
     set_phase(world, worker, whole(READY), whole(IS_STARTED), t)
     set_crash(world, worker, t)

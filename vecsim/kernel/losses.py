@@ -99,6 +99,7 @@ from vecsim.kernel.places import CHAIN_ROWS, COUNT, DESTINATION, SOURCE
 from vecsim.kernel.planning import plan
 from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, route
 from vecsim.kernel.state import OUT_OF_REQUESTS
+from vecsim.kernel.tier_sets import CLEARS, act
 from vecsim.kernel.token import issue_after_drop
 from vecsim.kernel.token_state import (
     BACKLOG,
@@ -229,6 +230,8 @@ def lose(world, worker, t):
     fleet.counts[unsigned(worker), WAITING] = fleet.counts[unsigned(worker), RUNNING] = 0
     add_up(world, worker)
     begin_anew(world, worker, t)
+    if world.tiers.on:
+        act(world, CLEARS, 0, worker, t)
     if world.transfer.merges:
         runs.reset(fleet.allocator, worker, whole(fleet.counts[unsigned(worker), FREE]))
 

@@ -9,6 +9,7 @@ from vecsim.kernel.address import call_router
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE, block_id
 from vecsim.kernel.state import RouterView
+from vecsim.kernel.tier_sets import DISK, HOST, has_tiers, is_known_in
 from vecsim.kernel.token_scenarios import memory_of
 from vecsim.kernel.token_state import (
     BEGUN_BLOCKS,
@@ -32,9 +33,12 @@ DECODES, PREFILLS = range(2)
 PREFILLS_AT, DECODES_AT = range(2)
 
 # Rows of `fleet.survey` [worker]: whether it could hold the request; requests there, those that wait, and that run;
-# share of its KV memory in use; blocks of the prompt that it is known to have; prompts' blocks that are to be computed,
-# and those of all requests there; what the router wants to be least
-ABLE, OUTSTANDING, WAITS, RUNS, KV_USE, HIT_BLOCKS, PREFILL_BLOCKS, DECODE_BLOCKS, COST, SURVEY_ROWS = range(10)
+# share of its KV memory in use; blocks of the prompt that it is known to have, those of lower tiers by their credit;
+# prompts' blocks that are to be computed, and those of all requests there; what the router wants to be least; blocks of
+# the prompt that it is known to have in any tier
+(
+    ABLE, OUTSTANDING, WAITS, RUNS, KV_USE, HIT_BLOCKS, PREFILL_BLOCKS, DECODE_BLOCKS, COST, FOUND_BLOCKS, SURVEY_ROWS,
+) = range(11)  # fmt: skip
 
 
 @bare
@@ -146,7 +150,7 @@ def route(world, router, request, able, t):
     if code >= KV_AWARE:
         blocks = survey(world, router, request, t)
         worker = choose_own(world, router, request, blocks, t) if code == OWN else choose(world, router, blocks, draw)
-        fleet.expected[unsigned(request)] = whole(fleet.survey[HIT_BLOCKS, unsigned(worker)])
+        fleet.expected[unsigned(request)] = whole(fleet.survey[FOUND_BLOCKS, unsigned(worker)])
         return worker
     best = whole(-1)
     least = np.inf
@@ -180,7 +184,8 @@ def survey(world, router, request, t):
         w = unsigned(worker)
         memory = memory_of(world.groups[unsigned(fleet.group[w])])
         incoming = blocks_for(prompt, memory.block_size, memory.shift)
-        hit = whole(0)
+        hit = most = whole(0)
+        lower = 0.0
         if overlap and memory.caching:
             shared, _ = blocks_with_ids(cache, memory, request)
             most = min(shared, full_blocks(prompt - 1, memory.block_size, memory.shift))
@@ -190,12 +195,24 @@ def survey(world, router, request, t):
                 if not seen.is_known(fleet.seen[w], id_, fleet.node_of[w, unsigned(id_)] >= 0, until):
                     break
                 hit += 1
+        found = hit
+        if overlap and has_tiers(world, worker):
+            while found < most:
+                id_ = whole(block_id(cache.ids, request, found))
+                if is_known_in(world.tiers, worker, HOST, id_, t - router.latency):
+                    lower += router.host_credit
+                elif is_known_in(world.tiers, worker, DISK, id_, t - router.latency):
+                    lower += router.disk_credit
+                else:
+                    break
+                found += 1
         fleet.survey[ABLE, w] = could_hold(fleet, worker)
         fleet.survey[OUTSTANDING, w] = believed(fleet, worker)
         fleet.survey[WAITS, w] = fleet.counts[w, WAITING]
         fleet.survey[RUNS, w] = fleet.counts[w, RUNNING]
         fleet.survey[KV_USE, w] = (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w]
-        fleet.survey[HIT_BLOCKS, w] = hit
+        fleet.survey[HIT_BLOCKS, w] = hit + lower
+        fleet.survey[FOUND_BLOCKS, w] = found
         fleet.survey[PREFILL_BLOCKS, w] = fleet.sent_new[w] - fleet.counts[w, BEGUN_BLOCKS]
         fleet.survey[DECODE_BLOCKS, w] = fleet.sent_blocks[w] - fleet.counts[w, LEFT_BLOCKS]
     return incoming

@@ -2,6 +2,8 @@
 
 Each block of a given id has the times of its last two changes. So what was known at an earlier time can be told from
 what is there now; where a block came and went more than once since, the last two times count.
+
+Where there are lower tiers, blocks that were named since the worker's last boundary form a list too, the last first.
 """
 
 import numpy as np
@@ -12,21 +14,24 @@ from vecsim.kernel.jit import bare, inlined, unsigned
 RING = 64
 
 # Places in `seen`: the time at which the step began that is under way; whether it changed anything; how many such steps
-# there were; when the last of them began and ended; from `CHANGES` on, when a block [id] was named, and was evicted
-CLOCK, FRESH, PUBLISHED, STEPS, CHANGES = 0, 1, 2, 3, 3 + 2 * RING
+# there were; where the list of new blocks is, 0 if there is none, and its first; when the last of those steps began and
+# ended; from `CHANGES` on, when a block [id] was named, and was evicted; last the links of the list [id]
+CLOCK, FRESH, PUBLISHED, LIST, NEWEST, STEPS, CHANGES = 0, 1, 2, 3, 4, 5, 5 + 2 * RING
 NAMED, EVICTED = range(2)
 
 
-def places(ids):
-    """How much room there must be for so many ids."""
-    return CHANGES + 2 * ids
+def places(ids, listed):
+    """How much room there must be for so many ids; `listed` is whether new blocks form a list."""
+    return CHANGES + (3 if listed else 2) * ids
 
 
 @bare
 def reset(seen):
     """Nothing is cached."""
     for place in range(CHANGES):
-        seen[unsigned(place)] = 0.0
+        if place != LIST:
+            seen[unsigned(place)] = 0.0
+    seen[NEWEST] = -1.0
     for place in range(CHANGES, seen.size):
         seen[unsigned(place)] = -np.inf
 
@@ -37,6 +42,27 @@ def note(seen, id_, change):
     if seen.size > 0:
         seen[unsigned(CHANGES + 2 * id_ + change)] = seen[CLOCK]
         seen[FRESH] = 1.0
+        if seen[LIST] > 0.0 and change == NAMED:
+            link = unsigned(seen[LIST]) + unsigned(id_)
+            if seen[link] == -np.inf:
+                seen[link] = seen[NEWEST]
+                seen[NEWEST] = id_
+
+
+@inlined
+def has_new(seen):
+    """Whether there are new blocks to be offered to a lower tier."""
+    return seen.size > 0 and seen[LIST] > 0.0 and seen[NEWEST] >= 0.0
+
+
+@bare
+def take_new(seen):
+    """The block that was named last, which is new no more."""
+    id_ = int(seen[NEWEST])
+    link = unsigned(int(seen[LIST]) + id_)
+    seen[NEWEST] = seen[link]
+    seen[link] = -np.inf
+    return id_
 
 
 @inlined

@@ -424,6 +424,8 @@ class Router(NamedTuple):
     decode_counts: bool  # whether blocks of requests that decode count
     temperature: float
     latency: float  # seconds until what is cached is known
+    host_credit: float  # share of the credit of a block in host memory, and on disk
+    disk_credit: float
     rule: int  # address of the user's own
 
 
@@ -439,7 +441,7 @@ class RouterView(NamedTuple):
     waiting: Array  # of these, those that wait
     running: Array  # and those that have a slot
     kv_use: Array  # share of the KV memory in use
-    hit_blocks: Array  # blocks that the prompt begins with and that the worker is known to have cached
+    hit_blocks: Array  # blocks that the prompt begins with and that the worker is known to have in GPU memory
     prefill_blocks: Array  # blocks of prompts that are yet to be computed
     decode_blocks: Array  # blocks of the prompts of all requests there
     prompt_tokens: int
@@ -621,6 +623,24 @@ class Life(NamedTuple):
     metrics: Array  # in the order of `vecsim.variables.CHANGING_VARIABLES`; empty where no fleet of a table changes
 
 
+class Tiers(NamedTuple):
+    """What is below the workers' caches, as in `vecsim.kernel.tiers`; of no worker where no worker has anything."""
+
+    on: bool  # whether any has
+    links: Any
+    bandwidths: Array  # [link]
+    after: Array  # [worker, tier, id] the block of the tier that was used next; the last place ties both ends together
+    before: Array
+    line: Array  # [worker, tier, id] the one after it of those that go there
+    lists: Array  # [worker, tier, ...]
+    sightings: Array  # [worker, id] times that a block was offered to host memory
+    changed: Array  # [worker, change, id] seconds; of no id where no router looks
+    way: Array  # [row, request]
+    instants: Array  # [row, request]
+    numbers: Array  # [row, worker]
+    means: Array
+
+
 class Cache(NamedTuple):
     """KV blocks that can be found; see `vecsim.kernel.kv`."""
 
@@ -688,6 +708,7 @@ class World(NamedTuple):
     transfer: Transfer
     control: Control
     life: Life
+    tiers: Tiers
     groups: Array  # [group, field] numbers of each kind of worker, as in `vecsim.kernel.token_scenarios.FIELDS`
     tables: StepModel  # of step times of all kinds; its formula has no meaning
     load: TokenLoad
@@ -701,6 +722,7 @@ class World(NamedTuple):
     own_duration: int
     own_planner: int
     live: int  # address of `vecsim.kernel.losses.live`
+    tiers_act: int  # address of `vecsim.kernel.tiers.tiers_act`
 
 
 class TokenScratch(NamedTuple):
@@ -741,6 +763,7 @@ class TokenJob(NamedTuple):
     work: TokenWork
     fleet: Fleet
     life: Life
+    tiers: Tiers
     cache_nodes: Array
     cache_node_of: Array
     cache_owned: Array

@@ -362,6 +362,7 @@ def simulate(place, kind, time_limit):
     measuring = warmup <= 0.0 or not alone
     all_steps = whole(counts[ALL_STEPS])  # a literal would compile `cruise` and `coast` once more
     watch = all_steps + WATCH
+    offers = not alone and cache.seen.size > 0
     status = DONE
 
     while t < time_limit:
@@ -455,7 +456,7 @@ def simulate(place, kind, time_limit):
                     coasted = sums[NOW] > t
                     t = sums[NOW]
                     status = counts[STATUS]
-                elif can_coast(counts, sums, policy, t):
+                elif can_coast(counts, sums, policy, t) and not (offers and seen.has_new(cache.seen)):
                     if sums[HORIZON] > 0.0:
                         if t >= sums[FORESEEN]:
                             sums[FORESEEN] = foresee(
@@ -685,6 +686,8 @@ def simulate(place, kind, time_limit):
                 dynamic_due = next_issued(work)
             if status != DONE or kind == STOPS:
                 break
+        if offers and seen.has_new(cache.seen):
+            break
     if not measuring:
         forget_steps(counts, sums, gaps)
     if alone and t < time_limit < np.inf and status == DONE:

@@ -22,6 +22,7 @@ from vecsim.kernel.token_state import (
     BACKLOG,
     BEFORE,
     BLOCKED,
+    BROUGHT,
     CHUNKS,
     CLIPPED,
     COMPUTED,
@@ -43,6 +44,8 @@ from vecsim.kernel.token_state import (
     LAST_DECODE,
     NEWCOMERS,
     OPEN_SUM,
+    PINNED,
+    PINNED_BROUGHT,
     PLACE,
     PREEMPTED,
     PREEMPTIONS,
@@ -208,6 +211,18 @@ def give_back(memory, work, cache, request, full):
     own[HELD, r] = 0
 
 
+@inlined
+def holds_blocks(own, request):
+    """Whether a request that waits holds blocks there."""
+    return own[KV, unsigned(request)] > 0 or own[KV, unsigned(request)] <= BROUGHT
+
+
+@inlined
+def not_brought(own, request):
+    """`KV` of a request that no longer waits with the blocks that it holds."""
+    return PINNED if own[KV, unsigned(request)] == PINNED_BROUGHT else 0
+
+
 @bare
 def last_holder(work, arrived_at, policy):
     """The last in the queue of those that hold blocks there; -1 if none does. O(queue), in ranks x log of it."""
@@ -216,7 +231,7 @@ def last_holder(work, arrived_at, policy):
     if policy.order == FIRST_COME:
         request = whole(counts[QUEUE_HEAD])
         while request >= 0:
-            if own[KV, unsigned(request)] > 0:
+            if holds_blocks(own, request):
                 last = request
             request = whole(own[AFTER, unsigned(request)])
         return last
@@ -225,7 +240,7 @@ def last_holder(work, arrived_at, policy):
     while root >= 0:
         request = root
         root = whole(leave(root, own[AFTER], own[BEFORE], ranks, arrived_at))
-        if own[KV, unsigned(request)] > 0:
+        if holds_blocks(own, request):
             last = request
         own[AFTER, unsigned(request)] = taken
         taken = request
@@ -249,7 +264,7 @@ def yield_blocks(work, arrived_at, cache, memory, policy):
         return False
     r = unsigned(last)
     give_back(memory, work, cache, last, full_blocks(whole(own[HIT, r]), memory.block_size, memory.shift))
-    own[KV, r] = 0
+    own[KV, r] = not_brought(own, last)
     own[PREEMPTIONS, r] += 1
     counts[PREEMPTED] += 1
     counts[BLOCKED] = 0
@@ -391,7 +406,9 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         found = idle = 0
         shared, own_start = blocks_with_ids(cache, memory, request)
         loaded = max(int(own[KV, r]), 0)
-        if loaded > 0:
+        brought = own[KV, r] <= BROUGHT
+        holds = loaded > 0 or brought
+        if holds:
             found = int(own[HELD, r])
         elif memory.caching:
             found, idle = kv.look_up(
@@ -455,7 +472,7 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         sums[BACKLOG] += max(t - max(times[SINCE, r], measured_from), 0.0)
         if not times[STARTED_AT, r] >= 0.0:
             times[STARTED_AT, r] = t
-        if own[PREEMPTIONS, r] == 0 and loaded == 0:
+        if own[PREEMPTIONS, r] == 0 and not holds:
             own[HIT, r] = cached
             if arrived_at[r] >= measured_from:
                 counts[PROMPT_TOKENS] += prompt[r]
@@ -464,8 +481,10 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
         own[COMPUTED, r] = cached
         own[STATE, r] = PREFILL
         own[STARVING, r] = 0
+        if brought:
+            own[KV, r] = not_brought(own, request)
         put_on_stack(counts, own, stack, request)
-        if memory.caching and loaded == 0:
+        if memory.caching and not holds:
             kv.claim(
                 counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request, found
             )

@@ -27,12 +27,14 @@ from vecsim.kernel.state import (
     Router,
     Split,
     StepModel,
+    Tiers,
     TokenLoad,
     Transfer,
     World,
 )
 from vecsim.kernel.tally import E2E, QUEUE_TIME, TPOT, TTFT, write_latencies
 from vecsim.kv_cache import ENDLESS as ENDLESS_BLOCKS
+from vecsim.kv_cache import TIER_FIELDS
 from vecsim.lengths import MOST_TOKENS
 from vecsim.load import AT_ONCE, CAP, CLASS, CLOSED, EVENLY, GROUP, OUTPUT, PIECEWISE, PROMPT, TURNS
 
@@ -69,7 +71,7 @@ FIELDS = (
 
 # What a fleet is told: where its kinds of workers begin, and how many there are; how many workers; then its routers,
 # how prefill is kept apart, and how keys and values move
-ROUTER_FIELDS = ("code", "credit", "scale", "decode_counts", "temperature", "latency")
+ROUTER_FIELDS = ("code", "credit", "scale", "decode_counts", "temperature", "latency", "host_credit", "disk_credit")
 FLEET_FIELDS = (
     "first_group",
     "groups",
@@ -86,9 +88,14 @@ SPLIT = PREFILL_ROUTER + len(ROUTER_FIELDS)
 TRANSFER = SPLIT + len(Split._fields)
 CONTROL = TRANSFER + len(Transfer._fields)
 # What each kind is told: the numbers of an engine; how many workers there may be of it, and are at first; the seconds
-# that one takes to start (of a lognormal time, mean and deviation of its logarithm); its GPUs
+# that one takes to start (of a lognormal time, mean and deviation of its logarithm); its GPUs; what is below its cache
 GROUP_WORKERS = len(FIELDS)
-READY_WORKERS, START_UP, START_UP_SIGMA, GROUP_GPUS, GROUP_FIELDS = range(GROUP_WORKERS + 1, GROUP_WORKERS + 6)
+READY_WORKERS, START_UP, START_UP_SIGMA, GROUP_GPUS, TIERS = range(GROUP_WORKERS + 1, GROUP_WORKERS + 6)
+GROUP_FIELDS = TIERS + len(TIER_FIELDS)
+CAPACITY, OFFLOAD_BATCH, IN_FLIGHT, DISK_AFTER, BLOCK_BYTES = (
+    TIERS + TIER_FIELDS.index(name)
+    for name in ("host_blocks", "offload_batch", "offloads_in_flight", "disk_after", "block_bytes")
+)
 
 POLICY = 0
 MEMORY = POLICY + len(Policy._fields)
@@ -484,7 +491,9 @@ def write_changes(job, row):
 
 @inner
 def router_of(row, seed, place, first, number, rule):
-    return Router(int(row[0]), seed, place, first, number, row[1], row[2], row[3] != 0, row[4], row[5], rule)
+    return Router(
+        int(row[0]), seed, place, first, number, row[1], row[2], row[3] != 0, row[4], row[5], row[6], row[7], rule
+    )
 
 
 @inner
@@ -526,6 +535,18 @@ def life_of(life, streams, control, workers):
 
 
 @inner
+def tiers_of(tiers, groups, workers):
+    """The room of what is below the caches of so many workers, if anything is."""
+    on = False
+    for group in range(groups.shape[0]):
+        on = on or groups[group, CAPACITY] > 0.0
+    return Tiers(
+        on, tiers.links, tiers.bandwidths, tiers.after, tiers.before, tiers.line, tiers.lists, tiers.sightings,
+        tiers.changed, tiers.way, tiers.instants, tiers.numbers, tiers.means,
+    )  # fmt: skip
+
+
+@inner
 def room_of(fleet, groups, workers):
     """The room of so many workers, each of its kind."""
     at = 0
@@ -552,7 +573,7 @@ def room_of(fleet, groups, workers):
 
 @entry
 def run_token_scenarios(
-    step_loop, fleet_loop, live, own_rule, own_duration, own_router, own_planner, first, last, job
+    step_loop, fleet_loop, live, tiers_act, own_rule, own_duration, own_router, own_planner, first, last, job
 ):  # fmt: skip
     """Run the scenarios [first, last) of a `TokenJob`; returns (status, requests) of the last one.
 
@@ -634,6 +655,8 @@ def run_token_scenarios(
             numbers = streams.fleets[int(p[FLEET])]
             first_group, workers = int(numbers[FIRST_GROUP]), int(numbers[WORKERS])
             groups = streams.groups[first_group : first_group + int(numbers[GROUPS])]
+            job.tiers.means[:-1] = 0.0  # where this one has no tiers; the last is a time
+            job.tiers.means[-1:] = np.nan
             split, seed = split_of(numbers), int(p[SEED])
             tables = StepModel(
                 model_of(p, streams).formula, 1, streams.terms, streams.grids, streams.values, streams.outside
@@ -649,6 +672,7 @@ def run_token_scenarios(
                 transfer_of(numbers),
                 control_of(numbers),
                 life_of(job.life, streams, control_of(numbers), workers),
+                tiers_of(job.tiers, groups, workers),
                 groups,
                 tables,
                 load,
@@ -662,6 +686,7 @@ def run_token_scenarios(
                 own_duration,
                 own_planner,
                 live,
+                tiers_act,
             )
             status = call_fleet_loop(fleet_loop, (placed(world),))
         job.status[row] = status
@@ -671,9 +696,11 @@ def run_token_scenarios(
             continue
         job.enqueued[row] = work.counts[token_state.ENQUEUED]
         tally(p, policy, memory, load, work, scratch, streams.classes, job.warmup, n, job.quantiles, job.metrics[row])
-        last_ones = job.metrics.shape[1] - job.life.metrics.size - job.fleet.parts.size
+        last_ones = job.metrics.shape[1] - job.fleet.parts.size - job.tiers.means.size - job.life.metrics.size
         for i in range(job.fleet.parts.size):
             job.metrics[row, last_ones + i] = job.fleet.parts[i]
+        for i in range(job.tiers.means.size):
+            job.metrics[row, last_ones + job.fleet.parts.size + i] = job.tiers.means[i]
         if job.life.metrics.size > 0:
             write_changes(job, row)
     return status, n

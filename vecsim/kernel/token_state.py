@@ -49,13 +49,14 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
 # had none yet: so it needs no touch. `AFTER` and `BEFORE` tie it to others in the calendar then, in the queue before.
 # `KV` is one more than the tokens whose keys and values were brought here for it, 0 if none were; `PINNED` if what it
 # holds stays when it ends, `PINNED_ALONE` when it has ended and has no slot any more. A router has counted `BLOCKS` of
-# its prompt, `NEW_BLOCKS` of which it took to be new.
+# its prompt, `NEW_BLOCKS` of which it took to be new. `KV` is `BROUGHT` (`PINNED_BROUGHT` for `PINNED`) while it waits
+# with blocks that are all that was found of its prompt, in lower tiers too.
 (
     COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, BLOCKS,
     NEW_BLOCKS, KV, OWN_ROWS,
 ) = range(17)  # fmt: skip
 
-PINNED, PINNED_ALONE = -1, -2
+PINNED, PINNED_ALONE, BROUGHT, PINNED_BROUGHT = range(-1, -5, -1)
 
 # Rows of `times` [request], seconds. `SINCE` is since when it waits; until it arrives, when it will.
 STARTED_AT, FIRST_AT, ENDED_AT, LAST_AT, RANK, SINCE, TIME_ROWS = range(7)

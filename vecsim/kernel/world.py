@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vecsim.kernel import tree
+from vecsim.kernel import kv, seen, tree
 from vecsim.kernel.address import call_token_loop, found
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.placed import fetched, put
@@ -18,7 +18,7 @@ from vecsim.kernel.state import (
     TokenWork,
 )
 from vecsim.kernel.token import forget_steps, never_fits
-from vecsim.kernel.token_scenarios import GROUP_WORKERS, memory_of, model_of, policy_of
+from vecsim.kernel.token_scenarios import CAPACITY, GROUP_WORKERS, memory_of, model_of, policy_of
 from vecsim.kernel.token_state import (
     ALL_STEPS,
     BACKLOG,
@@ -43,6 +43,7 @@ from vecsim.kernel.token_state import (
     PEAK,
     PREEMPTED,
     PROMPT_TOKENS,
+    REPORTED,
     RUNNING,
     SCHEDULED,
     SINCE,
@@ -51,6 +52,8 @@ from vecsim.kernel.token_state import (
     USED,
     WAITING,
     blocks_for,
+    blocks_with_ids,
+    full_blocks,
     put_last,
 )
 
@@ -215,6 +218,10 @@ def begin_anew(world, worker, t):
     """A worker has nothing in its memory and nothing to do at `t`."""
     fleet = world.fleet
     w = unsigned(worker)
+    if fleet.seen.shape[1] > 0:
+        fleet.seen[w, seen.LIST] = 0.0
+        if world.groups[kind_of(world, worker), CAPACITY] > 0.0:
+            fleet.seen[w, seen.LIST] = seen.CHANGES + 2 * fleet.node_of.shape[1]
     fleet.sent[w] = fleet.sent_blocks[w] = fleet.sent_new[w] = 0
     settle_in(world, worker, False)
     visit(world, worker, whole(BEGINS), 0.0)
@@ -316,6 +323,30 @@ def tell_of_room(world, worker, t):
     note_load(world, worker)
     if counts[w, WAITING] > 0 or counts[w, RUNNING] > 0:
         wake(world, worker, t)
+
+
+@bare
+def name_ended(world, worker):
+    """Have the blocks of requests that have ended at a worker be found: their followers may come before they leave."""
+    fleet, load = world.fleet, world.load
+    w = unsigned(worker)
+    memory = memory_of(world.groups[kind_of(world, worker)])
+    if not memory.caching or load.follower.size == 0:
+        return
+    cache = cache_of(world, worker)
+    for i in range(fleet.counts[w, REPORTED]):
+        request = whole(fleet.ended[w, unsigned(i)])
+        r = unsigned(request)
+        shared, own_start = blocks_with_ids(cache, memory, request)
+        computed = whole(load.prompt_tokens[r]) + whole(load.output_tokens[r]) - 1
+        full = min(full_blocks(computed, memory.block_size, memory.shift), shared)
+        named = whole(cache.owned[kv.NAMED, r])
+        if full > named:
+            kv.name(
+                fleet.counts[w], cache.nodes, cache.node_of, cache.seen, cache.own, cache.ids, own_start, request,
+                named, full,
+            )  # fmt: skip
+            cache.owned[kv.NAMED, r] = full
 
 
 @bare

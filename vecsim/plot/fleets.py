@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from vecsim.axes import differing_fields
 from vecsim.fleet import DisaggregatedEngine
 from vecsim.kernel.state import Array
+from vecsim.paths import ONBOARDING
 from vecsim.plot.style import DECODE, EMPTY, PREFILL, Picture, check_dataset, heading, run_time, ticks_at_integers
 from vecsim.plot.tokens import mean_over_time
 from vecsim.variables import PARTS
@@ -31,7 +32,7 @@ TRANSFER = "#000000"
 
 # What is done has the colours of its phase; waits are grey, those for blocks purple
 COLOURS = ("#000000", "#CC79A7", "#777777", PREFILL, "#8C4A73", "#009E73", "#BBBBBB", DECODE, "#0072B2")
-PART_COLOURS = dict(zip(PARTS, COLOURS, strict=True))
+PART_COLOURS = dict(zip(PARTS, COLOURS, strict=True)) | dict(zip(ONBOARDING, ("#AA4499", "#E69F00"), strict=True))
 THINNEST = 0.002  # part of the longest bar that can be seen
 MOST_BARS = 32
 

@@ -14,7 +14,7 @@ from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variab
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, simulate
-from vecsim.token_simulate import comes_and_goes
+from vecsim.token_simulate import comes_and_goes, keeps_tiers
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -99,10 +99,11 @@ def sweep(
     attrs = base_attrs(planned.engine, time_limit, warmup)
     token, classes = table.token is not None, () if table.token is None else table.token.class_names or ()
     apart = isinstance(engine, DisaggregatedEngine)
+    tiered = table.token is not None and keeps_tiers(table.token.groups)
     coords = axis_coords(planned)
     changing = table.token is not None and comes_and_goes(table.token.fleets)
     dataset = metrics_dataset(
-        results.metrics, planned.sizes, coords, wanted, attrs, token, classes, apart, changing
+        results.metrics, planned.sizes, coords, wanted, attrs, token, classes, apart, changing, tiered
     )  # fmt: skip
     dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
