@@ -123,6 +123,19 @@ def test_each_request_of_a_crashed_worker_migrates_or_fails(limit):
     np.testing.assert_array_equal(np.isfinite(requests.failed_at), failed)
 
 
+def test_pictures_and_tables_have_a_row_for_each_worker_that_there_was():
+    scaling = sim.Schedule(changes=((15.0, "decode", 4), (40.0, "decode", 1)))
+    together = cluster(scaling=scaling, control_plane=sim.ControlPlane(crashes=((30.0, 0),)))
+    apart = sim.DisaggregatedEngine(prefill=POOL, decode=POOL, load_generator=LOAD, scaling=scaling)
+    for fleet, rows in ((together, 4), (apart, 4 + 4)):
+        run = fleet.run(60.0)
+        axis = run.plot().axes[0]
+        assert axis.images[0].get_array().shape[0] == rows
+        assert run.workers.sizes["worker"] == sum(fleet.places())
+        assert int(run.workers.requests.sum()) >= int(run.metrics.started)
+    assert run.links.link.values.tolist()[:5] == ["source 0", "source 1", "source 2", "source 3", "destination 4"]
+
+
 def test_threads_and_other_scenarios_change_nothing():
     plane = sim.ControlPlane(mtbf=30.0, migration_limit=2, outages=((30.0, 12.0),))
     pool = msgspec.structs.replace(POOL, start_up_time=5.0)

@@ -537,6 +537,11 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
                 check_same_kv(sent.model, read.model, sent.kv_dtype, read.kv_dtype)
 
     @property
+    def prefill_places(self) -> int:
+        """Places for workers that prefill, those that there may be."""
+        return sum(self.places()[: len(listed(self.prefill))])
+
+    @property
     def roles(self) -> int:
         """Kinds of work that pools are for: prefill and decode."""
         return 2
@@ -566,7 +571,7 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
         rule = self.local_prefill
         length, queue_size, ratio = (0.0, 0.0, 0.0) if rule is None else rule.numbers()
         split = (
-            *(sum(self.places()[: len(listed(self.prefill))]), self.prefill_router is None),
+            *(self.prefill_places, self.prefill_router is None),
             *(self.reserve == "arrival", self.first_token == "prefill"),
             0 if rule is None else 1 + LOCAL_RULES.index(type(rule)),
             *(length, queue_size, ratio, 1.0 if rule is None else rule.decode_busy_threshold),

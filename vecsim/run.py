@@ -187,7 +187,7 @@ class Run:
         """
         engine = self._apart("links")
         assert self._single.path is not None
-        return links_dataset(self._single.path, self.requests, float(self.metrics.end_time), engine.prefill_workers)
+        return links_dataset(self._single.path, self.requests, float(self.metrics.end_time), engine.prefill_places)
 
     @functools.cached_property
     def tiers(self) -> "xr.Dataset":
@@ -251,7 +251,7 @@ class Run:
         assert self._single.steps is not None
         pools = self.engine.pools
         blocks = [pool.kv_cache.blocks if pool.kv_cache else None for pool in pools]
-        return self._single.steps, [pool.workers for pool in pools], blocks
+        return self._single.steps, self.engine.places(), blocks
 
     @functools.cached_property
     def worker_events(self) -> "xr.Dataset":

@@ -7,7 +7,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 
 from vecsim.axes import differing_fields
-from vecsim.fleet import DisaggregatedEngine
+from vecsim.fleet import DisaggregatedEngine, Fleet
 from vecsim.kernel.state import Array
 from vecsim.paths import ONBOARDING
 from vecsim.plot.style import DECODE, EMPTY, PREFILL, Picture, check_dataset, heading, run_time, ticks_at_integers
@@ -29,6 +29,7 @@ Panel = tuple[str, list[Row]]
 # More lines of transfers than these would hide what is below
 MOST_LINES = 400
 TRANSFER = "#000000"
+STARTING = "#EAD7F0"
 
 # What is done has the colours of its phase; waits are grey, those for blocks purple
 COLOURS = ("#000000", "#CC79A7", "#777777", PREFILL, "#8C4A73", "#009E73", "#BBBBBB", DECODE, "#0072B2")
@@ -48,6 +49,8 @@ def draw_workers(axis: "Axes", run: "Run", workers: int, edges: Array) -> None:
         busy = mean_over_time(run, np.ones(prefills.size), edges, own)[:, np.newaxis]
         prefill = mean_over_time(run, prefills, edges, own)[:, np.newaxis]
         image[worker] = prefill * colours[0] + (busy - prefill) * colours[1] + (1 - busy) * colours[2]
+    if isinstance(run.engine, Fleet) and run.engine.changes:
+        draw_lives(axis, run, image, edges)
     axis.imshow(
         np.clip(image, 0.0, 1.0),
         aspect="auto",
@@ -60,9 +63,24 @@ def draw_workers(axis: "Axes", run: "Run", workers: int, edges: Array) -> None:
     else:
         ticks_at_integers(axis.yaxis)
     if isinstance(run.engine, DisaggregatedEngine):
-        axis.axhline(run.engine.prefill_workers - 0.5, color="white", linewidth=2)
+        axis.axhline(run.engine.prefill_places - 0.5, color="white", linewidth=2)
         axis.set_ylabel("prefill | decode workers" if workers > 4 else "worker")
         draw_transfers(axis, run, workers)
+
+
+def draw_lives(axis: "Axes", run: "Run", image: Array, edges: Array) -> None:
+    """Where workers are off nothing is drawn, where they start a light colour; a cross for each crash."""
+    events = run.worker_events
+    time, worker, phase, reason = (events[name].values for name in ("time", "worker", "phase", "reason"))
+    middle = (edges[1:] + edges[:-1]) / 2
+    for row in range(image.shape[0]):
+        own = np.flatnonzero(worker == row)
+        there = np.append("off", phase[own])[np.searchsorted(time[own], middle, "right")]
+        image[row][np.isin(there, ["off", "dead"])] = 1.0
+        image[row][there == "starting"] = to_rgb(STARTING)
+    crashed = np.isin(reason, ["crash", "outage"])
+    if crashed.any():
+        axis.plot(time[crashed], worker[crashed], "x", color="#D55E00", markersize=6, markeredgewidth=1.5)
 
 
 def draw_transfers(axis: "Axes", run: "Run", workers: int) -> None:

@@ -21,6 +21,8 @@ def draw(run: "Run") -> Any:
     if not run.steps.sizes["step"]:
         return draw_nothing(run)
     workers = run.engine.workers if isinstance(run.engine, Fleet) else 0
+    if isinstance(run.engine, Fleet) and run.engine.changes:  # all that were ever there
+        workers = int(run.worker_events.worker.max()) + 1
     apart = isinstance(run.engine, DisaggregatedEngine)
     # Transfers cross the rows of workers
     fleet = [float(np.clip(0.5 * workers, 2.0, 5.0) if apart else np.clip(0.25 * workers, 1.0, 4.0))] if workers else []
