@@ -6,13 +6,16 @@ s + chunks + length - 1, if the run gets that far.
 
 import numpy as np
 
-from vecsim.kernel.jit import inner, unsigned
+from vecsim.kernel.jit import inlined, inner, unsigned
 from vecsim.kernel.quantiles import quantiles, weighted_quantiles
 from vecsim.kernel.tick import duration
 
 # The latencies of a request, in the order of `vecsim.variables.DISTRIBUTIONS`
 E2E, TTFT, TPOT, QUEUE_TIME = range(4)
 LATENCIES = 4
+
+# Columns of what is noted of each [latency]: how many there are, their sum, the least and the most
+NUMBER, SUM, LEAST, MOST, TOTALS = range(5)
 
 
 @inner
@@ -133,6 +136,50 @@ def tally(max_batch_size, itl, chunks, closed, warmup, requests, scratch, outcom
     out[at + 10] = busy / (max_batch_size * batch_time) if batch_time > 0.0 else np.nan
     out[at + 11] = end_time
     out[at + 12] = measured_steps
+
+
+@inlined
+def note_latency(values, totals, which, value):
+    """Keep one latency, `which` of `LATENCIES`, in its row of `values` and in `totals` [latency, field]."""
+    n = int(totals[which, NUMBER])
+    values[which, unsigned(n)] = value
+    totals[which, NUMBER] = n + 1
+    totals[which, SUM] += value
+    totals[which, LEAST] = min(totals[which, LEAST], value)
+    totals[which, MOST] = max(totals[which, MOST], value)
+
+
+@inlined
+def note_latencies(values, totals, enqueued_at, started_at, first, left, length):
+    """Keep the latencies of a request that has started: those of what never came, infinite, aren't there."""
+    note_latency(values, totals, QUEUE_TIME, started_at - enqueued_at)
+    if first < np.inf:
+        note_latency(values, totals, TTFT, first - enqueued_at)
+        if left < np.inf:
+            note_latency(values, totals, E2E, left - enqueued_at)
+            if length > 1:
+                note_latency(values, totals, TPOT, (left - first) / (length - 1))
+
+
+@inner
+def no_latencies():
+    """`totals` before there is any."""
+    totals = np.zeros((LATENCIES, TOTALS))
+    totals[:, LEAST] = np.inf
+    return totals
+
+
+@inner
+def write_noted(values, totals, wanted, scratch, out):
+    """`write_latencies` of what was noted; returns how many there are of each."""
+    sizes = (
+        int(totals[E2E, NUMBER]), int(totals[TTFT, NUMBER]), int(totals[TPOT, NUMBER]), int(totals[QUEUE_TIME, NUMBER])
+    )  # fmt: skip
+    write_latencies(
+        values, sizes, totals[:, SUM], totals[:, LEAST], totals[:, MOST], wanted, scratch.bin_counts,
+        scratch.bin_places, scratch.bins, scratch.kept, out,
+    )  # fmt: skip
+    return sizes
 
 
 @inner

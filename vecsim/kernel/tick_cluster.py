@@ -40,7 +40,14 @@ from vecsim.kernel.state import (
     ClusterSetting,
     RouterView,
 )
-from vecsim.kernel.tally import E2E, LATENCIES, QUEUE_TIME, TPOT, TTFT, first_at_or_after, tally_itl, write_latencies
+from vecsim.kernel.tally import (
+    LATENCIES,
+    first_at_or_after,
+    no_latencies,
+    note_latencies,
+    tally_itl,
+    write_noted,
+)
 from vecsim.kernel.tick import duration
 from vecsim.kernel.tick_disaggregated import ENDLESS, advance
 from vecsim.load import CLOSED, RENEWAL
@@ -465,12 +472,9 @@ def tally_cluster(setting, output_tokens, scratch, wanted, out):
     # In a closed loop too requests come in the order of their numbers.
     first_request = first_at_or_after(scratch.arrived_at, came, warmup)
     values = scratch.values
-    e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
-    queue_time_sum = ttft_sum = e2e_sum = tpot_sum = busy = 0.0
-    queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
-    queue_time_min = ttft_min = e2e_min = tpot_min = np.inf
-    arrived = begun = first_tokens = completed = tpots = tokens = 0
-    entered = 0
+    totals = no_latencies()
+    busy = 0.0
+    arrived = tokens = entered = 0
     # Taken out of the tuple once, for each access to it would count references.
     queued, starts, firsts, ends = scratch.enqueued_at, scratch.started_at, scratch.first_token_at, scratch.left_at
     worker_of, started_step = scratch.worker, scratch.started_step
@@ -488,56 +492,14 @@ def tally_cluster(setting, output_tokens, scratch, wanted, out):
         busy += max(min(left, times[w, CLOCK]) - max(started_at, times[w, BEGIN]), 0.0)
         if i < first_request:
             continue
-        value = started_at - enqueued_at
-        queue_time[unsigned(begun)] = value
-        queue_time_sum += value
-        queue_time_max = max(queue_time_max, value)
-        queue_time_min = min(queue_time_min, value)
-        begun += 1
-        if first == np.inf:
-            continue
-        value = first - enqueued_at
-        ttft[unsigned(first_tokens)] = value
-        ttft_sum += value
-        ttft_max = max(ttft_max, value)
-        ttft_min = min(ttft_min, value)
-        first_tokens += 1
-        if left == np.inf:
+        note_latencies(values, totals, enqueued_at, started_at, first, left, length)
+        if left < np.inf:
+            tokens += length
+        elif first < np.inf:
             tokens += counts[w, STEP] - (started_step[request] + chunks)
-            continue
-        tokens += length
-        value = left - enqueued_at
-        e2e[unsigned(completed)] = value
-        e2e_sum += value
-        e2e_max = max(e2e_max, value)
-        e2e_min = min(e2e_min, value)
-        completed += 1
-        if length > 1:
-            value = (left - first) / (length - 1)
-            tpot[unsigned(tpots)] = value
-            tpot_sum += value
-            tpot_max = max(tpot_max, value)
-            tpot_min = min(tpot_min, value)
-            tpots += 1
 
     stats = wanted.size + 2
-    sizes = (completed, first_tokens, tpots, begun)
-    sums = (e2e_sum, ttft_sum, tpot_sum, queue_time_sum)
-    least = (e2e_min, ttft_min, tpot_min, queue_time_min)
-    most = (e2e_max, ttft_max, tpot_max, queue_time_max)
-    write_latencies(
-        values,
-        sizes,
-        sums,
-        least,
-        most,
-        wanted,
-        scratch.bin_counts,
-        scratch.bin_places,
-        scratch.bins,
-        scratch.kept,
-        out,
-    )
+    completed, first_tokens, _, begun = write_noted(values, totals, wanted, scratch, out)
     at = LATENCIES * stats
     most_prefilling = scratch.totals[MOST_PREFILLING]
     itl_samples = tally_itl(

@@ -16,7 +16,7 @@ import numpy as np
 from vecsim.kernel.jit import bare, entry, inner, unsigned
 from vecsim.kernel.scenarios import fill_arrivals, same_arrivals
 from vecsim.kernel.state import DONE, INTERRUPTED, OUT_OF_REQUESTS, ApartOutcome
-from vecsim.kernel.tally import E2E, LATENCIES, QUEUE_TIME, TPOT, TTFT, first_at_or_after, write_latencies
+from vecsim.kernel.tally import LATENCIES, first_at_or_after, no_latencies, note_latencies, write_noted
 from vecsim.load import CLOSED, RENEWAL
 
 ENDLESS = 1 << 62
@@ -280,11 +280,9 @@ def tally_apart(
     enqueued, started, end_time = outcome.enqueued, outcome.started, outcome.end_time
     first_request = first_at_or_after(scratch.enqueued_at if closed else arrived_at, enqueued, warmup)
     values = scratch.values
-    e2e, ttft, tpot, queue_time = values[E2E], values[TTFT], values[TPOT], values[QUEUE_TIME]
-    queue_time_sum = ttft_sum = e2e_sum = tpot_sum = busy = waited = 0.0
-    queue_time_max = ttft_max = e2e_max = tpot_max = 0.0
-    queue_time_min = ttft_min = e2e_min = tpot_min = np.inf
-    first_tokens = completed = tpots = tokens = prefilled = decoding = 0
+    totals = no_latencies()
+    busy = waited = 0.0
+    tokens = prefilled = decoding = 0
     # Taken out of the tuple once, for each access to it would count references.
     queued, starts, firsts = scratch.enqueued_at, scratch.started_at, scratch.first_token_at
     begins, ends, made = scratch.decode_started_at, scratch.left_at, scratch.tokens
@@ -306,34 +304,7 @@ def tally_apart(
         if i < first_request:
             continue
         tokens += made[request]
-        value = started_at - enqueued_at
-        queue_time[unsigned(i - first_request)] = value
-        queue_time_sum += value
-        queue_time_max = max(queue_time_max, value)
-        queue_time_min = min(queue_time_min, value)
-        if first == np.inf:
-            continue
-        value = first - enqueued_at
-        ttft[unsigned(first_tokens)] = value
-        ttft_sum += value
-        ttft_max = max(ttft_max, value)
-        ttft_min = min(ttft_min, value)
-        first_tokens += 1
-        if left == np.inf:
-            continue
-        value = left - enqueued_at
-        e2e[unsigned(completed)] = value
-        e2e_sum += value
-        e2e_max = max(e2e_max, value)
-        e2e_min = min(e2e_min, value)
-        completed += 1
-        if length > 1:
-            value = (left - first) / (length - 1)
-            tpot[unsigned(tpots)] = value
-            tpot_sum += value
-            tpot_max = max(tpot_max, value)
-            tpot_min = min(tpot_min, value)
-            tpots += 1
+        note_latencies(values, totals, enqueued_at, started_at, first, left, length)
     for i in range(started, enqueued):
         waited += end_time - max(queued[unsigned(i)], warmup)
 
@@ -344,30 +315,14 @@ def tally_apart(
         max_queue = max(max_queue, waiting)
 
     stats = wanted.size + 2
-    sizes = (completed, first_tokens, tpots, max(started - first_request, 0))
-    sums = (e2e_sum, ttft_sum, tpot_sum, queue_time_sum)
-    least = (e2e_min, ttft_min, tpot_min, queue_time_min)
-    most = (e2e_max, ttft_max, tpot_max, queue_time_max)
-    write_latencies(
-        values,
-        sizes,
-        sums,
-        least,
-        most,
-        wanted,
-        scratch.bin_counts,
-        scratch.bin_places,
-        scratch.bins,
-        scratch.kept,
-        out,
-    )
+    completed, first_tokens, _, begun = write_noted(values, totals, wanted, scratch, out)
     at = LATENCIES * stats
     # Each step of a decode worker takes as long.
     out[at : at + stats] = max(itl, 1.0) if outcome.itl_samples > 0 else np.nan
     at += stats
     measured_time = end_time - warmup
     out[at] = enqueued - first_request
-    out[at + 1] = sizes[QUEUE_TIME]
+    out[at + 1] = begun
     out[at + 2] = first_tokens
     out[at + 3] = completed
     out[at + 4] = outcome.itl_samples
