@@ -539,7 +539,6 @@ class Room:
             fate=np.zeros((life.FATE_ROWS, n), np.int32),
             rings=np.zeros((life.RING_ROWS, n)),
             alarms=np.zeros(n, np.int32),
-            lost=np.zeros(n, np.int32),
             numbers=np.zeros(life.NUMBERS, np.int64),
             times=np.zeros(life.TIMES),
             log=np.zeros((4, self.logged)),

@@ -51,9 +51,9 @@ NO_WORKER, CRASH = range(1, 3)
 BROKEN, BROKEN_PREFILL, BROKEN_ON, NOT_SENT, NOT_SENT_TO_PREFILL, NOT_SENT_ON, NOBODY = range(7)
 
 # Places in `life.numbers`: requests that came and have neither ended nor failed; alarms; scheduled crashes, outages and
-# ticks of the planner that have been; events in the log; requests in `lost`; and since the warm-up crashes,
+# ticks of the planner that have been; events in the log; and since the warm-up crashes,
 # workers added and removed
-LIVE, ALARMS, CRASHES_DONE, OUTAGES_DONE, TICKS, LOGGED, LOST, CRASHES_SEEN, UPS, DOWNS, NUMBERS = range(11)
+LIVE, ALARMS, CRASHES_DONE, OUTAGES_DONE, TICKS, LOGGED, CRASHES_SEEN, UPS, DOWNS, NUMBERS = range(10)
 
 # Places in `life.metrics`
 FAILED_METRIC, MIGRATIONS_METRIC, RETRIES_METRIC, CRASHES_METRIC, UPS_METRIC, DOWNS_METRIC, HOURS_METRIC = range(7)

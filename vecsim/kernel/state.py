@@ -611,7 +611,6 @@ class Life(NamedTuple):
     fate: Array  # [row, request]
     rings: Array  # [row, request] seconds
     alarms: Array  # a heap of requests
-    lost: Array  # requests
     numbers: Array
     times: Array  # seconds: of the outage, and of what is scheduled next
     log: Array  # [row, event]

@@ -528,7 +528,7 @@ def life_of(life, streams, control, workers):
     while leaves < workers:
         leaves *= 2
     return Life(
-        life.whole, life.due, life.clock[: 2 * leaves], life.spent, life.fate, life.rings, life.alarms, life.lost,
+        life.whole, life.due, life.clock[: 2 * leaves], life.spent, life.fate, life.rings, life.alarms,
         life.numbers, life.times, life.log, streams.events, life.shown, life.sums,
         streams.planners[control.first_number : control.first_number + control.numbers], life.memory, life.metrics,
     )  # fmt: skip
