@@ -68,12 +68,14 @@ Broken streams
 - Who waits for blocks and loses its prefill worker, leaves the line, and so the worker: one is chosen anew.
 - Two requests must not wait for each other's blocks, one of them at the prefill and one at the decode worker. So those
   at the decode worker come first with `reserve="arrival"`: who is prefilled, has chosen anew and has to wait in the
-  line lets go of its blocks at the prefill worker, and goes to prefill anew when some are reserved for it (that's no
-  migration, and a token isn't seen again). With `reserve="prefill"` they come last: who goes to prefill anew lets go
-  of what is reserved for it. `lets_go=False` leaves this out: some may wait without end then (`Result.stuck`).
+  line lets go of its blocks at the prefill worker, and goes to prefill anew when some are reserved for it, unless it
+  has its slot there still (that's no migration, and a token isn't seen again). With `reserve="prefill"` they come last:
+  who goes to prefill anew lets go of what is reserved for it. `lets_go=False` leaves this out: some may wait without
+  end then (`Result.stuck`).
 - Who migrates without a token has the times of its last way only (but `routed_at`, `admitted_at`, `hits`); with tokens
-  those of before stay, and it is still `is_local` or not. `hit_tokens` is of its first admission or last reservation,
-  `worker` and `prefill_worker` are the last that were chosen. A migration is not a preemption.
+  those of before stay (where it goes to prefill anew: that its first prefill started), and it is still `is_local` or
+  not. `hit_tokens` is of its first admission or last reservation, `worker` and `prefill_worker` are the last that were
+  chosen. A migration is not a preemption.
 - Who fails for want of a worker in a closed loop is followed after the think time, but 1 at least, as one that is
   refused: else a user might ask without end at one instant. After a crash the think time is as after an end. The
   followers in a session have their own. `at_completion` isn't spent.
@@ -596,8 +598,6 @@ class Simulation(fleet_oracle.Simulation):
         comes_first = self.lets_go and self.fleet.reserve == "arrival"
         if comes_first and request in worker.reservations and request.stand_in.pinned:
             self.unpin(request.stand_in)
-            self.forget_prefill(request)
-            self.make_stand_in(request)
 
     def let_go(self, request: ChangingRequest) -> None:
         """It leaves the decode worker, and its books, with all that it has there."""
@@ -681,9 +681,19 @@ class Simulation(fleet_oracle.Simulation):
     # Transfer
 
     def begin_transfer(self, request: ChangingRequest) -> None:
-        is_there = request in self.workers[request.worker].sent
-        if is_there and not request.stand_in.lost:  # else it will learn of a crash
-            super().begin_transfer(request)
+        one = request.stand_in
+        if request not in self.workers[request.worker].sent or one.lost:
+            return  # it will learn of a crash
+        if not one.pinned:  # it has let go of its blocks
+            source = self.workers[request.prefill_worker]
+            if one not in source.running:
+                self.forget_prefill(request)
+                self.make_stand_in(request)
+                self.go_to_prefill(request)
+                return
+            one.pinned = True
+            source.pinned.append(one)
+        super().begin_transfer(request)
 
     def notice(self, request: ChangingRequest) -> None:
         request.noticed_at = self.now
@@ -733,15 +743,19 @@ class Simulation(fleet_oracle.Simulation):
         return False
 
     def forget_prefill(self, request: ChangingRequest) -> None:
-        request.sent_to_prefill_at = request.prefill_started_at = request.prefill_ended_at = None
-        request.transfer_begun_at = None
+        request.sent_to_prefill_at = request.prefill_ended_at = request.transfer_begun_at = None
+        if request.generated == 0:
+            request.prefill_started_at = None
         request.bytes, request.prefill_hit_tokens = 0.0, 0
 
     def fail(self, request: ChangingRequest, reason: str) -> None:
         request.failed_at, request.reason = self.now, reason
         self.let_go(request)
-        if request.stand_in is not None and request.stand_in.pinned:
-            self.unpin(request.stand_in)
+        one = request.stand_in
+        if one is not None and one.pinned:
+            self.unpin(one)
+        elif one is not None and one.lost and one in self.workers[request.prefill_worker].astray:
+            self.workers[request.prefill_worker].astray.remove(one)
         think_time = self.think_time if reason == "crash" else max(self.think_time, 1.0)
         self.ask_next(self.now + think_time)
         for follower in self.followers[request.index]:

@@ -297,7 +297,8 @@ class Worker(Engine):
 
     def note_start(self, request: FleetRequest, hit_tokens: int) -> None:
         if request.of is not None:
-            request.of.prefill_started_at = self.now
+            if request.of.prefill_started_at is None:
+                request.of.prefill_started_at = self.now
             request.of.prefill_hit_tokens = hit_tokens
         elif request.prefill_ended_at is None:
             request.hit_tokens = hit_tokens

@@ -187,10 +187,13 @@ def test_fleets_that_cant_be():
         sim.Pool(step_time=STEP, start_up_std=1.0)
     with pytest.raises(ValueError, match="scaling needs one pool of each kind, got 2 pools"):
         cluster(pool=(POOL, POOL), scaling=sim.ThroughputPlanner())
-    with pytest.raises(ValueError, match="only in a Cluster"):
-        sim.DisaggregatedEngine(
-            prefill=POOL, decode=POOL, load_generator=LOAD, control_plane=sim.ControlPlane(mtbf=10.0)
-        )
+    pushes = sim.ControlPlane(queue_push=0.1)
+    apart = {"prefill": POOL, "decode": POOL, "load_generator": LOAD, "control_plane": pushes}
+    sim.DisaggregatedEngine(**apart)
+    with pytest.raises(ValueError, match=r"control_plane.queue_push must be 0 where there is no queue for prefill"):
+        sim.DisaggregatedEngine(**apart, prefill_router=sim.RandomRouter())
+    with pytest.raises(ValueError, match=r"control_plane.queue_push must be 0 where there is no queue for prefill"):
+        cluster(control_plane=pushes)
     ticks = sim.Pool(workers=2, max_batch_size=4, batcher=sim.IFBatcher(), step_time=sim.TickStepTime())
     load = sim.PoissonLoadGenerator(request_rate=0.5, target_output_len_tokens=10, target_output_len_std=0)
     with pytest.raises(ValueError, match="control_plane must not be given in the tick model"):

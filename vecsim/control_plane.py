@@ -20,6 +20,10 @@ class ControlPlane(Declaration, frozen=True, kw_only=True):
 
     Parameters
     ----------
+    request_plane : float
+        Seconds from a router's choice until the request is at the worker: also where it's only to have blocks reserved.
+    queue_push, queue_pop : float
+        Seconds into the queue for prefill, and from it to a worker.
     watch : float
         Seconds until routers learn that a worker is ready, or drains.
     ttl, renewal : float
@@ -49,6 +53,9 @@ class ControlPlane(Declaration, frozen=True, kw_only=True):
         When a field has a wrong value: a lease below the renewal's interval, or outages that overlap.
     """
 
+    request_plane: Time = 0.0
+    queue_push: Time = 0.0
+    queue_pop: Time = 0.0
     watch: Time = 0.0
     ttl: Time = 10.0
     renewal: Time = 5.0
@@ -88,9 +95,15 @@ class ControlPlane(Declaration, frozen=True, kw_only=True):
         """Whether anything crashes, or the control plane is ever gone."""
         return bool(self.crashes or self.outages) or self.mtbf < math.inf
 
+    @property
+    def matters(self) -> bool:
+        """Whether a fleet whose workers neither come nor go differs from one without it."""
+        return self.fails or max(self.request_plane, self.queue_push, self.queue_pop) > 0.0
+
     def kernel(self) -> tuple[float, ...]:
         """The numbers of the kernel, in their order."""
         return (
+            *(self.request_plane, self.queue_push, self.queue_pop),
             *(self.watch, self.ttl, self.renewal, self.connect_timeout, self.shun, self.break_delay),
             *(float(self.migration_limit), self.mtbf, float(self.restarts)),
         )

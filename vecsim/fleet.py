@@ -205,6 +205,11 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
             for _, worker in self.control_plane.crashes:
                 if worker >= sum(self.places()):
                     raise ValueError(f"crashes must be of workers below {sum(self.places())}, got {worker}")
+            for field in () if self.queued else ("queue_push", "queue_pop"):
+                if (value := getattr(self.control_plane, field)) > 0.0:
+                    raise ValueError(
+                        f"control_plane.{field} must be 0 where there is no queue for prefill, got {value:g}"
+                    )
         self.engines()  # refuses what an engine would
         if len({router.rule for router in self.routers() if isinstance(router, CustomRouter)}) > 1:
             raise ValueError("router and prefill_router must have the same rule of one's own, got two")
@@ -232,13 +237,18 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
 
     @property
     def changes(self) -> bool:
-        """Whether workers come and go."""
-        return self.scaling is not None or (self.control_plane is not None and self.control_plane.fails)
+        """Whether workers come and go, or messages to them take time."""
+        return self.scaling is not None or (self.control_plane is not None and self.control_plane.matters)
 
     @property
     def roles(self) -> int:
         """Kinds of work that pools are for: one, or prefill and decode."""
         return 1
+
+    @property
+    def queued(self) -> bool:
+        """Whether all prefill workers share one queue."""
+        return False
 
     def _check_ticks(self) -> None:
         """Refuse what this fleet can't be in the tick model."""
@@ -523,10 +533,6 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.control_plane is not None and self.control_plane.fails:
-            raise ValueError(
-                "control_plane must have no crashes, mtbf or outages where prefill is apart: only in a Cluster"
-            )
         for name in ("prefill", "decode"):
             if not listed(getattr(self, name)):
                 raise ValueError(f"{name} must have a worker, got none")
@@ -535,6 +541,11 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
             sent, read = source.step_time, destination.step_time
             if isinstance(sent, RooflineStepTime) and isinstance(read, RooflineStepTime):
                 check_same_kv(sent.model, read.model, sent.kv_dtype, read.kv_dtype)
+
+    @property
+    def queued(self) -> bool:
+        """Whether all prefill workers share one queue."""
+        return self.prefill_router is None
 
     @property
     def prefill_places(self) -> int:
@@ -571,7 +582,7 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
         rule = self.local_prefill
         length, queue_size, ratio = (0.0, 0.0, 0.0) if rule is None else rule.numbers()
         split = (
-            *(self.prefill_places, self.prefill_router is None),
+            *(self.prefill_places, self.queued),
             *(self.reserve == "arrival", self.first_token == "prefill"),
             0 if rule is None else 1 + LOCAL_RULES.index(type(rule)),
             *(length, queue_size, ratio, 1.0 if rule is None else rule.decode_busy_threshold),

@@ -282,6 +282,9 @@ def ttft_parts(requests: "xr.Dataset", overheads: "Overheads", first_by_prefill:
     """The parts of each request's time to first token [part, request], seconds; NaN where it has no first token."""
     moments = first_token_moments(requests, overheads, first_by_prefill)
     moments[:, np.isnan(moments[-1])] = np.nan
+    if "migrations" in requests:  # what was lost in a crash and done anew may be missing, or come after the token
+        for at in range(len(moments) - 2, -1, -1):
+            moments[at] = np.fmin(moments[at], moments[at + 1])
     names: tuple[str, ...] = PARTS if "remote" in requests else TOGETHER
     if "onboarding_ended_at" in requests:
         at = names.index("wait for prefill")

@@ -427,6 +427,7 @@ class Room:
         workers, slots = self.workers, self.worker_slots
         n = self.requests if workers else 0
         moving = n if self.moves else 0  # from workers that prefill only
+        sent = n if self.moves or self.changes else 0  # what may take time
         leaves = 1 << max(workers - 1, 1).bit_length()
 
         def whole(*shape: int) -> Array:
@@ -454,7 +455,7 @@ class Room:
             clock=np.empty(2 * leaves),
             loads=np.empty((2, 2 * leaves)),
             way=whole(handover.WAY_ROWS, n),
-            instants=np.zeros((handover.INSTANT_ROWS, moving)),
+            instants=np.zeros((handover.INSTANT_ROWS, sent)),
             moved=np.zeros(moving),
             left=np.zeros(moving),
             runs=whole(moving),
@@ -462,7 +463,7 @@ class Room:
             next_block=whole(workers, self.placed),
             chains=whole(SIDES * CHAIN_ROWS, moving if self.placed else 0),
             places=whole(SIDES, self.placed + 1),
-            timers=whole(moving),
+            timers=whole(sent),
             between=number(BETWEEN),
             waiting=number(2 * workers),
             ones=np.ones(moving, np.int32),
@@ -538,7 +539,7 @@ class Room:
             spent=np.zeros((life.SPENT_ROWS, workers)),
             fate=np.zeros((life.FATE_ROWS, n), np.int32),
             rings=np.zeros((life.RING_ROWS, n)),
-            alarms=np.zeros(n, np.int32),
+            alarms=np.zeros((life.PARTS, n), np.int32),
             numbers=np.zeros(life.NUMBERS, np.int64),
             times=np.zeros(life.TIMES),
             log=np.zeros((4, self.logged)),

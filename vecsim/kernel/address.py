@@ -190,6 +190,7 @@ WORLD = Placed(
                 **dict.fromkeys(("clock", "times", "sums", "planner", "memory", "metrics"), FLOATS),
                 whole=NUMBER_ROWS,
                 fate=WHOLE_ROWS,
+                alarms=WHOLE_ROWS,
                 numbers=NUMBERS,
             ),
             tiers=like(

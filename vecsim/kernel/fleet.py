@@ -14,10 +14,12 @@ import numpy as np
 from vecsim.kernel import links, seen, tree
 from vecsim.kernel.address import call_live
 from vecsim.kernel.handover import (
+    FLOW,
     NOTICE,
     WAITS_FOR,
     all_flowed,
     arrive,
+    deliver,
     feed,
     flow,
     gives_way,
@@ -34,12 +36,10 @@ from vecsim.kernel.handover import (
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.life import (
-    ALARMS,
     CAME_HERE,
-    CHOSEN,
-    CHOSEN_PREFILL,
     CRASHES_METRIC,
     CRASHES_SEEN,
+    CUT_SHORT,
     DOOM,
     DOWNS,
     DOWNS_METRIC,
@@ -60,7 +60,7 @@ from vecsim.kernel.life import (
 )
 from vecsim.kernel.parts import write_parts
 from vecsim.kernel.places import reset_places
-from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, looks_inside
+from vecsim.kernel.routing import DECODES_AT, looks_inside
 from vecsim.kernel.state import (
     COASTING,
     DONE,
@@ -156,6 +156,12 @@ def reset(world):
 
 
 @inlined
+def is_sent(world):
+    """Whether anything takes time between the workers, or to them."""
+    return world.split.prefill_workers > 0 or world.control.request_plane > 0.0
+
+
+@inlined
 def next_move(world):
     """When something that moves between workers goes on next."""
     flow_end, _ = links.next_end(world.fleet.links)
@@ -171,10 +177,13 @@ def move_on(world, t):
         all_flowed(world, moving, t)
         return
     request = take_timer(world)
-    if world.fleet.way[WAITS_FOR, unsigned(request)] == NOTICE:
+    what = world.fleet.way[WAITS_FOR, unsigned(request)]
+    if what == NOTICE:
         landed(world, request, t)
-    else:
+    elif what == FLOW:
         flow(world, request, t)
+    else:
+        deliver(world, request, t)
 
 
 @bare
@@ -183,7 +192,7 @@ def go_on(world, worker, kind, due, users_wait):
     fleet = world.fleet
     w = unsigned(worker)
     until = min(due, world.time_limit)
-    if world.split.prefill_workers > 0:
+    if is_sent(world):
         until = min(until, next_move(world))
     if world.control.changes:
         until = min(until, next_of_life(world))
@@ -246,7 +255,7 @@ def simulate_fleet(world):
     time_limit, between = world.time_limit, fleet.between
     apart = split.prefill_workers > 0
     users_wait = load.closed or load.follower.size > 0
-    changes, tiered = world.control.changes, world.tiers.on
+    changes, tiered, sent = world.control.changes, world.tiers.on, is_sent(world)
     tiers_due = np.inf
     life_due = np.inf
     reset(world)
@@ -262,7 +271,7 @@ def simulate_fleet(world):
         if events & (WATCH - 1) == 0 and world.stop[0]:
             between[TROUBLE] = INTERRUPTED
             break
-        if apart:
+        if sent:
             moving_due = next_move(world)
         due = min(static_due, dynamic_due)
         t = min(moving_due, due, fleet.clock[1])
@@ -336,22 +345,15 @@ def gather(world, status):
     counts, sums, own = work.counts, work.sums, work.own
     for worker in range(fleet.group.size):
         add_up(world, worker)
-    if world.control.changes:
-        counts[WAITING] += world.life.numbers[ALARMS]
-        counts[ENQUEUED] = 0
     for request in range(world.load.prompt_tokens.size):
         r = unsigned(request)
         if own[STATE, r] == DECODE:  # as `generated` will have it of one engine that has not made a step
             own[GENERATED, r] -= fleet.counts[unsigned(fleet.way[DECODES_AT, r]), STEP]
         if world.control.changes:
-            own[PREEMPTIONS, r] -= world.life.fate[INTERRUPTED, r]
-            fleet.way[DECODES_AT, r] = world.life.fate[CHOSEN, r] - 1
-            fleet.way[PREFILLS_AT, r] = world.life.fate[CHOSEN_PREFILL, r] - 1
+            own[PREEMPTIONS, r] -= world.life.fate[CUT_SHORT, r]
             if own[STATE, r] == UNSEEN and world.life.fate[CAME_HERE, r] != 0:  # on its way to a worker
                 own[STATE, r] = QUEUED
-                counts[WAITING] += 1
-            counts[ENQUEUED] += own[STATE, r] != UNSEEN
-    if world.tiers.on:  # those whose blocks are brought up are in no queue
+    if world.tiers.on or world.control.changes:  # those that are on their way, or wait for blocks, are in no queue
         counts[WAITING] = counts[ENQUEUED] = 0
         for request in range(world.load.prompt_tokens.size):
             counts[WAITING] += own[STATE, unsigned(request)] == QUEUED

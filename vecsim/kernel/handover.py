@@ -8,31 +8,31 @@ from vecsim.kernel.heap import pop, push, rise
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.life import (
-    BROKEN_ON,
+    BROKEN_PREFILL,
     CAME,
     CAME_HERE,
     CAME_TOKENS,
-    CHOSEN,
-    CHOSEN_PREFILL,
+    CUT_SHORT,
+    DECODE_PART,
     GAPS_SEEN,
     GAPS_SUM,
     HOLDS,
-    LEARNS_AT,
     LEFT_BY_END,
     LEFT_TOKENS,
     LIVE,
     NOBODY,
+    NOBODY_TO_PREFILL,
     NOT_SENT,
     NOT_SENT_ON,
     NOT_SENT_TO_PREFILL,
-    TARGET,
     TTFT_SUM,
+    drop_alarm,
     is_up,
     set_alarm,
     turn_off_if_done,
 )
 from vecsim.kernel.places import DESTINATION, SOURCE, free_places, runs_to_move, take_places
-from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, could_hold, not_started, outstanding, route
+from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, believed, could_hold, not_started, outstanding, route
 from vecsim.kernel.state import RESERVED
 from vecsim.kernel.tier_sets import COMES, IN_LINE, RISES, RISING, act, has_tiers
 from vecsim.kernel.token import follow_up, issue_after_drop, let_ended_go, report, reset_requests
@@ -94,15 +94,16 @@ from vecsim.kernel.world import (
 )
 
 # Rows of `way` [request] after `PREFILLS_AT` and `DECODES_AT`: whether it prefills elsewhere than it decodes; the one
-# after it in a list; what its timer is for; where it is
-REMOTE, NEXT, WAITS_FOR, STAGE, WAY_ROWS = range(2, 7)
+# after it in a list; what its timer is for; where it is with each part of its work, that at its decode worker first
+REMOTE, NEXT, WAITS_FOR, STAGE, PREFILL_STAGE, WAY_ROWS = range(2, 8)
 
-# Where a request is: at the worker that decodes it, in the line for blocks there, in the queue for prefill, at the
-# worker that prefills it, or on its way from there
-NOWHERE, AT_DECODE, FOR_RESERVATION, FOR_PREFILL, AT_PREFILL, MOVING = range(6)
+# Where a request is: nowhere; on its way to a worker; in the line for blocks there, or with blocks reserved; in the
+# queue for prefill; at the worker; there no more, but its blocks are; only where routers take it to be
+NOWHERE, ON_ITS_WAY, FOR_RESERVATION, HAS_BLOCKS, FOR_PREFILL, AT_WORK, PREFILLED, ASTRAY = range(8)
 
-# When a request's timer is due, its bytes begin to flow, or their arrival is noticed
-FLOW, NOTICE = range(2)
+# When a request's timer is due, its bytes begin to flow, or their arrival is noticed; or it is where it was sent to: to
+# be served, to have blocks reserved, to be prefilled, or in the queue for that
+FLOW, NOTICE, SERVED, WISHED, TO_PREFILL, TO_QUEUE = range(6)
 
 # Rows of `instants` [request], seconds: blocks are reserved; it goes to prefill; prefill has ended; the transfer
 # begins, and is noticed to have ended; when its timer is due; it is sent to a prefill worker; bytes begin to flow, and
@@ -245,7 +246,8 @@ def reset_handover(world, requests):
     workers = fleet.group.size
     fleet.way[:REMOTE, :requests] = -1
     fleet.way[REMOTE, :requests] = 0
-    fleet.way[STAGE, :requests] = NOWHERE
+    fleet.way[STAGE : PREFILL_STAGE + 1, :requests] = NOWHERE
+    fleet.links.size[0] = 0
     fleet.waiting[:] = -1
     fleet.between[:] = 0
     fleet.between[QUEUE_FIRST] = -1
@@ -261,20 +263,42 @@ def reset_handover(world, requests):
 
 
 @bare
-def arrive_at_prefill(world, request, worker, t):
-    """Send a request to a prefill worker."""
+def send_to_prefill(world, request, worker, lasts, t):
+    """Send a request to a prefill worker, where it will be after so many seconds."""
     fleet = world.fleet
     r = unsigned(request)
     fleet.way[PREFILLS_AT, r] = worker
-    note_choice(world, request, worker)
-    fleet.way[STAGE, r] = AT_PREFILL
     fleet.instants[SENT_AT, r] = t
     if world.control.changes:
         world.life.whole[HOLDS, unsigned(worker)] += 1
     fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
     fleet.own[KV, r] = PINNED
     assign(world, request, worker, whole(1))
+    if lasts > 0.0:
+        fleet.way[PREFILL_STAGE, r] = ON_ITS_WAY
+        fleet.times[SINCE, r] = t
+        set_timer(world, request, t + lasts, whole(TO_PREFILL))
+    else:
+        arrive_at_prefill(world, request, t)
+
+
+@bare
+def arrive_at_prefill(world, request, t):
+    """A request is at the prefill worker that it was sent to."""
+    fleet = world.fleet
+    r = unsigned(request)
+    worker = whole(fleet.way[PREFILLS_AT, r])
+    if fleet.way[PREFILL_STAGE, r] == ON_ITS_WAY:
+        note_wait(world, fleet.times[SINCE, r], t)
+        bring_up(world, worker, t)
+    fleet.way[PREFILL_STAGE, r] = AT_WORK
     come(world, request, worker, t)
+
+
+@inlined
+def note_wait(world, since, t):
+    """A request has waited."""
+    world.work.sums[BACKLOG] += max(t - max(since, world.warmup), 0.0)
 
 
 @bare
@@ -338,20 +362,35 @@ def go_to_prefill(world, request, t):
     if not world.split.queued:
         worker = route(world, world.prefill_router, request, able, t)
         if worker < 0:
-            set_alarm(world, request, t, whole(NOBODY))
+            find_nobody(world, request, whole(NOBODY_TO_PREFILL), t)
         elif is_up(world, worker):
-            arrive_at_prefill(world, request, worker, t)
+            send_to_prefill(world, request, worker, world.control.request_plane, t)
         else:
             miss(world, request, worker, whole(NOT_SENT_TO_PREFILL), t)
-        return
-    worker = idle_prefill_worker(world) if fleet.between[QUEUE_FIRST] < 0 else -1
+    elif world.control.queue_push > 0.0:
+        fleet.way[PREFILL_STAGE, unsigned(request)] = FOR_PREFILL
+        set_timer(world, request, t + world.control.queue_push, whole(TO_QUEUE))
+    else:
+        join_queue(world, request, t)
+
+
+@bare
+def join_queue(world, request, t):
+    """A request comes to the queue for prefill, and goes on to a worker if one is idle."""
+    fleet = world.fleet
+    r = unsigned(request)
+    worker = whole(-1)
+    if fleet.between[QUEUE_FIRST] < 0:
+        judge(world, world.prefill_router, request)
+        worker = idle_prefill_worker(world)
     if worker >= 0:
-        arrive_at_prefill(world, request, worker, t)
+        note_wait(world, fleet.instants[TO_PREFILL_AT, r], t)
+        send_to_prefill(world, request, worker, world.control.queue_pop, t)
     else:
         put_in(fleet.between, whole(QUEUE_FIRST), fleet.way, request)
         fleet.between[QUEUED_FOR_PREFILL] += 1
-        fleet.between[QUEUED_TOKENS] += world.load.prompt_tokens[unsigned(request)]
-        fleet.way[STAGE, unsigned(request)] = FOR_PREFILL
+        fleet.between[QUEUED_TOKENS] += world.load.prompt_tokens[r]
+        fleet.way[PREFILL_STAGE, r] = FOR_PREFILL
 
 
 @bare
@@ -368,9 +407,8 @@ def feed(world, t):
         take_out(between, whole(QUEUE_FIRST), fleet.way)
         between[QUEUED_FOR_PREFILL] -= 1
         between[QUEUED_TOKENS] -= world.load.prompt_tokens[unsigned(request)]
-        queued_at = fleet.instants[TO_PREFILL_AT, unsigned(request)]
-        world.work.sums[BACKLOG] += max(t - max(queued_at, world.warmup), 0.0)
-        arrive_at_prefill(world, request, worker, t)
+        note_wait(world, fleet.instants[TO_PREFILL_AT, unsigned(request)], t)
+        send_to_prefill(world, request, worker, world.control.queue_pop, t)
 
 
 @bare
@@ -387,6 +425,7 @@ def try_to_reserve(world, request, worker, t):
     ):  # fmt: skip
         return False
     fleet.instants[RESERVED_AT, unsigned(request)] = t
+    fleet.way[STAGE, unsigned(request)] = HAS_BLOCKS
     if world.transfer.merges:
         own, size = world.work.own, memory_of(p).block_size
         r = unsigned(request)
@@ -399,10 +438,32 @@ def try_to_reserve(world, request, worker, t):
 @bare
 def on_reserved(world, request, t):
     """A request's blocks are reserved: it goes on to what comes next."""
-    if np.isnan(world.fleet.instants[PREFILLED_AT, unsigned(request)]):
-        go_to_prefill(world, request, t)
-    else:
+    fleet, r = world.fleet, unsigned(request)
+    stage = whole(fleet.way[PREFILL_STAGE, r])
+    if stage == NOWHERE:
+        if np.isnan(fleet.instants[PREFILLED_AT, r]):
+            go_to_prefill(world, request, t)
+        elif has_slot_still(world, request):  # the blocks that it has let go of are there
+            fleet.own[KV, r] = PINNED
+            fleet.way[PREFILL_STAGE, r] = PREFILLED
+            world.life.whole[HOLDS, unsigned(fleet.way[PREFILLS_AT, r])] += 1
+            move(world, request, t)
+        else:
+            forget_prefill(world, request)
+            go_to_prefill(world, request, t)
+    elif stage == PREFILLED:  # else it will learn that its prefill is lost
         move(world, request, t)
+
+
+@bare
+def has_slot_still(world, request):
+    """Whether a request whose prefill has ended has not left its slot there. O(those that have ended)."""
+    fleet = world.fleet
+    w = unsigned(fleet.way[PREFILLS_AT, unsigned(request)])
+    for i in range(fleet.counts[w, ENDED]):
+        if fleet.ended[w, unsigned(i)] == request:
+            return True
+    return False
 
 
 @bare
@@ -414,14 +475,13 @@ def reserve_or_wait(world, request, t):
     if fleet.waiting[2 * worker] < 0 and try_to_reserve(world, request, worker, t):
         on_reserved(world, request, t)
         return
-    if world.split.reserves_first and not np.isnan(fleet.instants[PREFILLED_AT, unsigned(request)]):
-        # Its decode worker is another one than at first. Else two requests could wait for each other's blocks.
-        unpin(world, request, t)
-        fleet.instants[PREFILLED_AT, unsigned(request)] = np.nan
-        fleet.way[PREFILLS_AT, unsigned(request)] = -1
     put_in(fleet.waiting, 2 * worker, fleet.way, request)
     fleet.way[STAGE, unsigned(request)] = FOR_RESERVATION
+    world.work.times[SINCE, unsigned(request)] = t
     look_again(world, worker)  # it must not run on over the next end, which may make room
+    if world.split.reserves_first and fleet.way[PREFILL_STAGE, unsigned(request)] == PREFILLED:
+        # Its decode worker is another one than at first. Else two requests could wait for each other's blocks.
+        unpin(world, request, t)
 
 
 @bare
@@ -438,10 +498,7 @@ def retry(world, worker, t):
         if not try_to_reserve(world, request, worker, t):
             break
         take_out(fleet.waiting, first, fleet.way)
-        since = work.times[SINCE, unsigned(request)]
-        if not np.isnan(fleet.instants[PREFILLED_AT, unsigned(request)]):
-            since = fleet.instants[PREFILLED_AT, unsigned(request)]
-        work.sums[BACKLOG] += max(t - max(since, world.warmup), 0.0)
+        note_wait(world, work.times[SINCE, unsigned(request)], t)
         on_reserved(world, request, t)
 
 
@@ -467,7 +524,6 @@ def move(world, request, t):
     size = memory_of(world.groups[kind_of(world, whole(fleet.way[DECODES_AT, r]))]).block_size
     tokens = whole(world.load.prompt_tokens[r]) - world.work.own[HIT, r]
     fleet.instants[TRANSFER_AT, r] = t
-    fleet.way[STAGE, r] = MOVING
     fleet.moved[r] = tokens * transfer.bytes_per_token
     fleet.left[r] = 1.0
     blocks = (tokens + size - 1) // size
@@ -496,7 +552,8 @@ def overlap(world, request, setup):
     layers = transfer.overlapped_layers
     slowest = min(transfer.source_bandwidth, transfer.destination_bandwidth, transfer.fabric_bandwidth)
     alone = setup + fleet.moved[r] / slowest + transposition(world, request)
-    prefill = fleet.instants[PREFILLED_AT, r] - fleet.times[STARTED_AT, r]
+    began = max(fleet.times[STARTED_AT, r], fleet.instants[SENT_AT, r])  # the former is of its first prefill
+    prefill = fleet.instants[PREFILLED_AT, r] - began
     visible = max(alone / layers, alone - prefill * (layers - 1) / layers)
     fleet.left[r] = visible / alone if alone > 0.0 else 1.0
     return fleet.left[r]
@@ -550,7 +607,7 @@ def landed(world, request, t):
     own[COMPUTED, r] = 0
     own[GENERATED, r] = int(world.split.first_by_prefill)
     own[KV, r] = whole(world.load.prompt_tokens[r]) + own[GENERATED, r]
-    world.fleet.way[STAGE, r] = AT_DECODE
+    world.fleet.way[STAGE, r] = AT_WORK
     send(world, request, worker, t)
 
 
@@ -560,6 +617,7 @@ def unpin(world, request, t):
     fleet = world.fleet
     r = unsigned(request)
     worker = whole(fleet.way[PREFILLS_AT, r])
+    fleet.way[PREFILL_STAGE, r] = NOWHERE
     if world.transfer.merges:
         free_places(world, whole(SOURCE), request, worker, whole(0))
     if fleet.own[KV, r] == PINNED:
@@ -591,6 +649,7 @@ def prefilled(world, request, worker, t):
     fleet, split, work, load = world.fleet, world.split, world.work, world.load
     r = unsigned(request)
     fleet.instants[PREFILLED_AT, r] = t
+    fleet.way[PREFILL_STAGE, r] = PREFILLED
     if world.transfer.merges:
         memory = memory_of(world.groups[kind_of(world, worker)])
         blocks = blocks_for(whole(load.prompt_tokens[r]), memory.block_size, memory.shift)
@@ -598,23 +657,18 @@ def prefilled(world, request, worker, t):
     if split.first_by_prefill:
         if np.isnan(work.times[FIRST_AT, r]):
             work.times[FIRST_AT, r] = work.times[LAST_AT, r] = t
+        work.own[GENERATED, r] = 1
         if load.output_tokens[r] == 1:
             work.own[STATE, r] = GONE
-            work.own[GENERATED, r] = 1
             work.times[ENDED_AT, r] = t
             unpin(world, request, t)
-            if fleet.way[DECODES_AT, r] >= 0:
-                release(world, request, t)
+            leave_decode(world, request, t)
             leave(world, request, True)
             return is_answered(world, request, t)
-    if fleet.way[DECODES_AT, r] >= 0:  # and blocks are reserved there
-        move(world, request, t)
-    elif world.control.changes and world.life.rings[LEARNS_AT, r] > t:
-        fleet.way[STAGE, r] = NOWHERE
-        haunt(world, request, worker)
-        set_alarm(world, request, world.life.rings[LEARNS_AT, r], whole(BROKEN_ON))
-    else:
+    if np.isnan(fleet.instants[RESERVED_AT, r]):
         choose_decode(world, request, t)
+    elif fleet.way[STAGE, r] == HAS_BLOCKS:  # else it will learn that its blocks are lost
+        move(world, request, t)
     return True
 
 
@@ -623,14 +677,26 @@ def choose_decode(world, request, t):
     """Have a request whose blocks aren't reserved be decoded somewhere."""
     worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
-        set_alarm(world, request, t, whole(NOBODY))
+        find_nobody(world, request, whole(NOBODY), t)
     elif is_up(world, worker):
-        world.fleet.way[DECODES_AT, unsigned(request)] = worker
-        note_choice(world, request, worker)
-        assign(world, request, worker, whole(0))
-        reserve_or_wait(world, request, t)
+        wish(world, request, worker, t)
     else:
         miss(world, request, worker, whole(NOT_SENT_ON), t)
+
+
+@bare
+def wish(world, request, worker, t):
+    """Have blocks be reserved for a request at a worker, where it is to be decoded."""
+    fleet = world.fleet
+    r = unsigned(request)
+    fleet.way[DECODES_AT, r] = worker
+    assign(world, request, worker, whole(0))
+    if world.control.request_plane > 0.0:
+        fleet.way[STAGE, r] = ON_ITS_WAY
+        world.work.times[SINCE, r] = t
+        set_timer(world, request, t + world.control.request_plane, whole(WISHED))
+    else:
+        reserve_or_wait(world, request, t)
 
 
 @inlined
@@ -648,29 +714,31 @@ def leave(world, request, ended):
             life.sums[GAPS_SUM] += times[ENDED_AT, r] - times[FIRST_AT, r]
 
 
-@inlined
-def note_choice(world, request, worker):
-    """Keep which worker was chosen last, whatever becomes of it."""
-    if world.control.changes:
-        row = CHOSEN_PREFILL if prefills_only(world, worker) else CHOSEN
-        world.life.fate[row, unsigned(request)] = worker + 1
-
-
 @bare
-def haunt(world, request, worker):
-    """Routers take a request to be at a worker, until it learns that it isn't."""
-    world.life.fate[TARGET, unsigned(request)] = worker
-    world.fleet.ghosts[unsigned(worker)] += 1
-    note_load(world, worker)
+def go_astray(world, request, worker, at, what):
+    """A request isn't at a worker, as routers believe until it learns of that at a time."""
+    fleet, r = world.fleet, unsigned(request)
+    if what >= BROKEN_PREFILL:
+        fleet.way[PREFILL_STAGE, r] = ASTRAY
+    else:
+        fleet.way[STAGE, r] = ASTRAY
+    set_alarm(world, request, worker, at, what)
 
 
 @bare
 def miss(world, request, worker, what, t):
     """A request was to go to a worker that isn't there: that is found out later."""
-    note_choice(world, request, worker)
-    haunt(world, request, worker)
-    world.fleet.way[STAGE, unsigned(request)] = NOWHERE
-    set_alarm(world, request, t + world.control.connect_timeout, what)
+    prefills = prefills_only(world, worker)
+    world.fleet.way[PREFILLS_AT if prefills else DECODES_AT, unsigned(request)] = worker
+    times = world.fleet.times if prefills else world.work.times
+    times[SINCE, unsigned(request)] = t
+    go_astray(world, request, worker, t + world.control.connect_timeout, what)
+
+
+@bare
+def find_nobody(world, request, what, t):
+    """There is no worker for a request: it fails at once, after all else that follows from what has happened."""
+    go_astray(world, request, whole(-1), t, what)
 
 
 @bare
@@ -693,10 +761,11 @@ def arrive(world, request, t):
     worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
         work.counts[ENQUEUED] += 1
+        fleet.way[REMOTE, r] = 0
         if could_ever(world) and world.control.changes:
             work.own[STATE, r] = QUEUED
             work.times[SINCE, r] = t
-            set_alarm(world, request, t, whole(NOBODY))
+            find_nobody(world, request, whole(NOBODY), t)
             return True
         work.counts[DROPPED] += 1
         work.own[STATE, r] = DROPPED_AT_ONCE
@@ -705,9 +774,9 @@ def arrive(world, request, t):
     bring_up(world, worker, t)
     expected = fleet.expected[r]
     remote = world.split.prefill_workers > 0 and is_remote(world, request, worker, t)
+    fleet.way[REMOTE, r] = remote
     if not is_up(world, worker) and not (remote and not world.split.reserves_first):
         work.own[STATE, r] = QUEUED
-        work.times[SINCE, r] = t
         miss(world, request, worker, whole(NOT_SENT), t)
         return True
     if remote:
@@ -729,11 +798,37 @@ def serve(world, request, worker, t):
     fleet = world.fleet
     r = unsigned(request)
     fleet.way[DECODES_AT, r] = worker
-    fleet.way[STAGE, r] = AT_DECODE
-    note_choice(world, request, worker)
     world.work.own[COMPUTED, r] = 0
     assign(world, request, worker, whole(1))
-    come(world, request, worker, t)
+    if world.control.request_plane > 0.0:
+        fleet.way[STAGE, r] = ON_ITS_WAY
+        world.work.own[STATE, r] = QUEUED
+        world.work.times[SINCE, r] = t
+        set_timer(world, request, t + world.control.request_plane, whole(SERVED))
+    else:
+        fleet.way[STAGE, r] = AT_WORK
+        come(world, request, worker, t)
+
+
+@bare
+def deliver(world, request, t):
+    """A request, or the wish for its blocks, is where it was sent to."""
+    fleet = world.fleet
+    r = unsigned(request)
+    what = whole(fleet.way[WAITS_FOR, r])
+    if what == TO_QUEUE:
+        join_queue(world, request, t)
+    elif what == TO_PREFILL:
+        arrive_at_prefill(world, request, t)
+    else:
+        note_wait(world, world.work.times[SINCE, r], t)
+        if what == WISHED:
+            reserve_or_wait(world, request, t)
+        else:
+            worker = whole(fleet.way[DECODES_AT, r])
+            fleet.way[STAGE, r] = AT_WORK
+            bring_up(world, worker, t)
+            come(world, request, worker, t)
 
 
 @inlined
@@ -752,15 +847,28 @@ def is_answered(world, request, t):
 
 
 @bare
-def release(world, request, t):
-    """A request has ended with its prefill: free what was reserved for its decode."""
-    worker = whole(world.fleet.way[DECODES_AT, unsigned(request)])
+def leave_decode(world, request, t):
+    """A request leaves its decode worker, where it has not begun, with all that it has there."""
+    fleet = world.fleet
+    r = unsigned(request)
+    stage = whole(fleet.way[STAGE, r])
+    fleet.way[STAGE, r] = NOWHERE
+    if stage == ASTRAY:
+        drop_alarm(world, request, whole(DECODE_PART))
+    if stage in (NOWHERE, ASTRAY):
+        return
+    worker = whole(fleet.way[DECODES_AT, r])
     bring_up(world, worker, t)
-    world.fleet.counts[unsigned(worker), LEFT] += 1
-    world.fleet.counts[unsigned(worker), LEFT_BLOCKS] += world.work.own[BLOCKS, unsigned(request)]
-    free_all(world, request, worker, whole(world.work.own[HIT, unsigned(request)]))
-    if world.transfer.merges:
-        free_places(world, whole(DESTINATION), request, worker, whole(0))
+    fleet.counts[unsigned(worker), LEFT] += 1
+    fleet.counts[unsigned(worker), LEFT_BLOCKS] += world.work.own[BLOCKS, r]
+    if stage == ON_ITS_WAY:
+        drop_timer(world, request)
+    elif stage == FOR_RESERVATION:
+        take_from_line(world, request, worker)
+    else:
+        free_all(world, request, worker, whole(world.work.own[HIT, r]))
+        if world.transfer.merges:
+            free_places(world, whole(DESTINATION), request, worker, whole(0))
     look_again(world, worker)
     retry(world, worker, t)
     tell_of_room(world, worker, t)
@@ -769,18 +877,29 @@ def release(world, request, t):
 
 
 @bare
+def forget_prefill(world, request):
+    """A request is to be prefilled anew."""
+    fleet = world.fleet
+    r = unsigned(request)
+    fleet.moved[r] = 0.0
+    fleet.runs[r] = 0
+    for instant in (TO_PREFILL_AT, SENT_AT, PREFILLED_AT, TRANSFER_AT, FLOW_AT, FLOWED_AT):
+        fleet.instants[unsigned(instant), r] = np.nan
+    fleet.times[ENDED_AT, r] = np.nan
+    if world.work.own[GENERATED, r] == 0:  # else it has a first token, of which this stays true
+        fleet.times[STARTED_AT, r] = np.nan
+    world.life.fate[CUT_SHORT, r] -= fleet.own[PREEMPTIONS, r]  # they were preemptions all the same
+    fleet.own[PREEMPTIONS, r] = 0
+
+
+@bare
 def go_elsewhere(world, request, worker, t):
     """Have a request be prefilled elsewhere than at its decode worker: this one, where it is chosen at arrival."""
-    fleet, work = world.fleet, world.work
-    r = unsigned(request)
-    fleet.way[REMOTE, r] = 1
-    work.times[SINCE, r] = t
+    work = world.work
+    work.times[SINCE, unsigned(request)] = t
     work.counts[ENQUEUED] += 1
     if world.split.reserves_first:
-        fleet.way[DECODES_AT, r] = worker
-        note_choice(world, request, worker)
-        assign(world, request, worker, whole(0))
-        reserve_or_wait(world, request, t)
+        wish(world, request, worker, t)
     else:
         go_to_prefill(world, request, t)
 
@@ -808,7 +927,7 @@ def is_remote(world, request, worker, t):
         turn = fleet.turn[world.prefill_router.place]
         chosen = route(world, world.prefill_router, request, able, t)
         fleet.turn[world.prefill_router.place] = turn
-        busy = chosen >= 0 and outstanding(fleet, chosen) > 0
+        busy = chosen >= 0 and believed(fleet, chosen) > 0
     return not local(split, prompt, hit, used, busy, waiting)
 
 
@@ -870,16 +989,6 @@ def take_from_line(world, request, worker):
         fleet.way[NEXT, unsigned(before)] = after
     if after < 0:
         fleet.waiting[first + 1] = before
-
-
-@bare
-def withdraw(world, request, worker, t):
-    """A request is no longer outstanding at a worker, where it has not begun."""
-    counts = world.fleet.counts
-    counts[unsigned(worker), LEFT] += 1
-    counts[unsigned(worker), LEFT_BLOCKS] += world.work.own[BLOCKS, unsigned(request)]
-    note_load(world, worker)
-    turn_off_if_done(world, worker, t)
 
 
 @bare

@@ -9,7 +9,7 @@ that learn, the planner; then all else.
 import numpy as np
 
 from vecsim.kernel import tree
-from vecsim.kernel.heap import pop, push
+from vecsim.kernel.heap import pop, push, rise
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.routing import outstanding, uniform
 from vecsim.kernel.tier_sets import CLEARS, act
@@ -34,26 +34,28 @@ PHASE, LISTED, SHUNNED, STARTS, LIVES, CRASHED, HOLDS, DOOM, WHOLE_ROWS = range(
 # serve
 SINCE_WHEN, ON, SERVING, SPENT_ROWS = range(4)
 
-# Rows of `life.fate` [request]: how often it has moved to another worker, and was sent again; how often a crash made it
-# leave its slot; why it failed; what its alarm is for, and of which worker;
-# one more than the last workers that were chosen for its decode and its prefill; whether it came to the router
-MIGRATIONS, RETRIES, INTERRUPTED, REASON, RINGS_FOR, TARGET, CHOSEN, CHOSEN_PREFILL, CAME_HERE, FATE_ROWS = range(10)
+# What a request has a worker for, and an alarm each: its decode (or all of it), its prefill where that is apart
+DECODE_PART, PREFILL_PART, PARTS = range(3)
 
-# Rows of `life.rings` [request]: when its alarm rings, when it failed, when it learns that its decode worker is gone
-RINGS_AT, FAILED_AT, LEARNS_AT, RING_ROWS = range(4)
+# Rows of `life.fate` [request]: how often it has moved to another worker, and was sent again; how often a crash made it
+# leave its slot, less the preemptions of prefills that were lost; why it failed; for each part what its alarm is for,
+# and of which worker (-1: of none); whether it came to the router
+MIGRATIONS, RETRIES, CUT_SHORT, REASON, RINGS_FOR, TARGET, CAME_HERE, FATE_ROWS = 0, 1, 2, 3, 4, 6, 8, 9
+
+# Rows of `life.rings` [request]: when the alarm of each part rings, when it failed
+RINGS_AT, FAILED_AT, RING_ROWS = 0, 2, 3
 
 # Why a request failed
 NO_WORKER, CRASH = range(1, 3)
 
-# What an alarm is for: the request's worker is gone, or the one that prefills it, or the one where it was to go from
-# there; it could not be sent to its worker, to the one that prefills it, or from there to the one that decodes it;
-# there is no worker for it
-BROKEN, BROKEN_PREFILL, BROKEN_ON, NOT_SENT, NOT_SENT_TO_PREFILL, NOT_SENT_ON, NOBODY = range(7)
+# What an alarm is for: the request's worker is gone; it could not be sent there as it came, or after its prefill; there
+# is no worker for it. Then the same of the worker that prefills it
+BROKEN, NOT_SENT, NOT_SENT_ON, NOBODY, BROKEN_PREFILL, NOT_SENT_TO_PREFILL, NOBODY_TO_PREFILL = range(7)
 
-# Places in `life.numbers`: requests that came and have neither ended nor failed; alarms; scheduled crashes, outages and
-# ticks of the planner that have been; events in the log; and since the warm-up crashes,
+# Places in `life.numbers`: requests that came and have neither ended nor failed; alarms of each part; scheduled
+# crashes, outages and ticks of the planner that have been; events in the log; and since the warm-up crashes,
 # workers added and removed
-LIVE, ALARMS, CRASHES_DONE, OUTAGES_DONE, TICKS, LOGGED, CRASHES_SEEN, UPS, DOWNS, NUMBERS = range(10)
+LIVE, ALARMS, CRASHES_DONE, OUTAGES_DONE, TICKS, LOGGED, CRASHES_SEEN, UPS, DOWNS, NUMBERS = 0, 1, *range(3, 11)
 
 # Places in `life.metrics`
 FAILED_METRIC, MIGRATIONS_METRIC, RETRIES_METRIC, CRASHES_METRIC, UPS_METRIC, DOWNS_METRIC, HOURS_METRIC = range(7)
@@ -314,30 +316,68 @@ def remove_worker(world, group, t):
     return True
 
 
+@inlined
+def alarms_of(world, part):
+    """(the heap of a part's alarms, how many there are, when each rings)."""
+    life, row = world.life, unsigned(part)
+    return life.alarms[row], whole(life.numbers[ALARMS + row]), life.rings[RINGS_AT + row]
+
+
 @bare
-def set_alarm(world, request, at, what):
-    """Have a request learn something later; it waits until then."""
+def set_alarm(world, request, worker, at, what):
+    """Have a request learn something of a worker later (-1: of none); routers take it to be there until then."""
     life = world.life
     r = unsigned(request)
-    life.rings[RINGS_AT, r] = at
-    life.fate[RINGS_FOR, r] = what
-    push(life.alarms, life.numbers[ALARMS], request, life.rings[RINGS_AT], world.load.arrived_at)
-    life.numbers[ALARMS] += 1
+    part = whole(PREFILL_PART if what >= BROKEN_PREFILL else DECODE_PART)
+    row = unsigned(part)
+    life.rings[RINGS_AT + row, r] = at
+    life.fate[RINGS_FOR + row, r] = what
+    life.fate[TARGET + row, r] = worker
+    if worker >= 0:
+        world.fleet.ghosts[unsigned(worker)] += 1
+        note_load(world, worker)
+    heap, size, rings_at = alarms_of(world, part)
+    push(heap, size, request, rings_at, world.load.arrived_at)
+    life.numbers[ALARMS + row] += 1
 
 
 @bare
-def take_alarm(world):
-    """Take the request whose alarm rings first."""
-    life = world.life
-    life.numbers[ALARMS] -= 1
-    return whole(pop(life.alarms, life.numbers[ALARMS] + 1, life.rings[RINGS_AT], world.load.arrived_at))
+def take_alarm(world, part):
+    """Take the request whose alarm of a part rings first."""
+    life, row = world.life, unsigned(part)
+    heap, size, rings_at = alarms_of(world, part)
+    request = whole(pop(heap, size, rings_at, world.load.arrived_at))
+    life.numbers[ALARMS + row] -= 1
+    worker = whole(life.fate[TARGET + row, unsigned(request)])
+    if worker >= 0:
+        world.fleet.ghosts[unsigned(worker)] -= 1
+        note_load(world, worker)
+    return request
+
+
+@bare
+def drop_alarm(world, request, part):
+    """A request learns nothing of what its alarm is for. O(alarms)."""
+    heap, _, rings_at = alarms_of(world, part)
+    place = 0
+    while heap[unsigned(place)] != request:
+        place += 1
+    rings_at[unsigned(request)] = -np.inf
+    rise(heap, place, request, rings_at, world.load.arrived_at)
+    take_alarm(world, part)
+
+
+@inlined
+def next_alarm_of(world, part):
+    """When the first alarm of a part rings."""
+    heap, size, rings_at = alarms_of(world, part)
+    return rings_at[unsigned(heap[0])] if size > 0 else np.inf
 
 
 @inlined
 def next_alarm(world):
     """When the first alarm rings."""
-    life = world.life
-    return life.rings[RINGS_AT, unsigned(life.alarms[0])] if life.numbers[ALARMS] > 0 else np.inf
+    return min(next_alarm_of(world, DECODE_PART), next_alarm_of(world, PREFILL_PART))
 
 
 @bare

@@ -4,55 +4,59 @@ import numpy as np
 
 from vecsim.kernel import links, runs
 from vecsim.kernel.handover import (
-    AT_DECODE,
-    AT_PREFILL,
+    ASTRAY,
+    AT_WORK,
     FLOW_AT,
     FLOWED_AT,
-    FOR_RESERVATION,
-    MOVING,
+    FOR_PREFILL,
+    HAS_BLOCKS,
+    NOTICED_AT,
     NOWHERE,
+    ON_ITS_WAY,
+    PREFILL_STAGE,
+    PREFILLED,
     PREFILLED_AT,
     REMOTE,
     RESERVED_AT,
     STAGE,
+    TRANSFER_AT,
     arrive,
     choose_decode,
     drop_timer,
     feed,
+    find_nobody,
+    forget_prefill,
+    go_astray,
     go_to_prefill,
-    haunt,
     is_answered,
     leave,
+    leave_decode,
     let_others_know,
     miss,
-    release,
+    note_wait,
     serve,
-    take_from_line,
     unpin,
-    withdraw,
 )
-from vecsim.kernel.heap import rise
+from vecsim.kernel.heap import is_before
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE, NAMED, RUN_NODE
 from vecsim.kernel.life import (
     BROKEN,
-    BROKEN_ON,
     BROKEN_PREFILL,
-    CHOSEN_PREFILL,
     CRASH,
     CRASHED,
     CRASHES,
     CRASHES_DONE,
     CRASHES_SEEN,
+    CUT_SHORT,
     DEAD,
+    DECODE_PART,
     DOOM,
     DRAINING,
     FAILED_AT,
     FORGIVEN,
     HAS_CRASHED,
-    INTERRUPTED,
     JOINS,
-    LEARNS_AT,
     LEAVES,
     LISTED,
     MIGRATIONS,
@@ -60,6 +64,7 @@ from vecsim.kernel.life import (
     NEXT_OUTAGE,
     NO_WORKER,
     NOBODY,
+    NOBODY_TO_PREFILL,
     NOT_SENT,
     NOT_SENT_ON,
     NOTICE_DRAW,
@@ -67,11 +72,11 @@ from vecsim.kernel.life import (
     OUTAGE_END,
     OUTAGES_DONE,
     PHASE,
+    PREFILL_PART,
     READY,
     REASON,
     RESTARTED,
     RETRIES,
-    RINGS_AT,
     RINGS_FOR,
     STARTED,
     STARTING,
@@ -82,13 +87,14 @@ from vecsim.kernel.life import (
     WHO,
     begin_start,
     draw,
+    drop_alarm,
     forgive,
     get_ready,
     is_up,
     learn,
     look_at_schedule,
     next_alarm,
-    set_alarm,
+    next_alarm_of,
     set_due,
     set_phase,
     shun,
@@ -102,18 +108,14 @@ from vecsim.kernel.state import OUT_OF_REQUESTS
 from vecsim.kernel.tier_sets import CLEARS, act
 from vecsim.kernel.token import issue_after_drop
 from vecsim.kernel.token_state import (
-    BACKLOG,
     COMPUTED,
     DECODE,
     DROPPED_AT_ONCE,
     ENDED,
-    ENDED_AT,
     FAILED,
-    FIRST_AT,
     GENERATED,
     GONE,
     HELD,
-    HIT,
     KV,
     LAST_AT,
     LAST_DECODE,
@@ -124,7 +126,6 @@ from vecsim.kernel.token_state import (
     REPORTED,
     RUNNING,
     SINCE,
-    STARTED_AT,
     STARVING,
     STATE,
     TOO_LATE,
@@ -140,7 +141,6 @@ from vecsim.kernel.world import (
     bring_up,
     judge,
     look_again,
-    note_load,
     prefills_only,
     sleeps,
 )
@@ -169,12 +169,14 @@ def crash(world, worker, t, row, at_boundary):
             return True
         if fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
             issued = let_others_know(world, worker, t)
+            while next_alarm(world) == t:  # there is no worker for what follows: that comes before the crash
+                ring(world, t)
             if life.whole[PHASE, w] == OFF:  # it was draining, and that was the last
                 return issued
         # What they were told of an earlier crash is of the worker that they know.
         if life.whole[LISTED, w] != 0 and (life.due[LEAVES, w] == np.inf or phase == DRAINING):
             part = draw(world, whole(NOTICE_DRAW), worker, whole(life.whole[CRASHED, w]))
-            notice = t + world.control.ttl - world.control.renewal * part
+            notice = t + (world.control.ttl - world.control.renewal * part)
             set_due(world, whole(LEAVES), worker, min(life.due[LEAVES, w], notice))
         life.numbers[CRASHES_SEEN] += t >= world.warmup
         lose(world, worker, t)
@@ -196,37 +198,32 @@ def crash(world, worker, t, row, at_boundary):
 
 @bare
 def lose(world, worker, t):
-    """All that a worker has in its memory is lost, and all that it was to do."""
-    fleet, life, load, own = world.fleet, world.life, world.load, world.work.own
+    """All that a worker has in its memory is lost, and all that it was to do; requests learn of it later."""
+    fleet, load = world.fleet, world.load
     prefills = prefills_only(world, worker)
+    learns_at = t + world.control.break_delay
     for request in range(load.prompt_tokens.size):
         r = unsigned(request)
-        stage = whole(fleet.way[STAGE, r])
-        if own[STATE, r] in (GONE, FAILED, DROPPED_AT_ONCE):
+        stage = whole(fleet.way[unsigned(PREFILL_STAGE if prefills else STAGE), r])
+        if stage in (NOWHERE, FOR_PREFILL, ASTRAY) or fleet.way[PREFILLS_AT if prefills else DECODES_AT, r] != worker:
             continue
+        if world.work.own[STATE, r] in (GONE, FAILED, DROPPED_AT_ONCE):
+            continue
+        if stage == ON_ITS_WAY:
+            drop_timer(world, request)
+        elif is_moving(world, request):
+            stop_moving(world, request, t)
         if prefills:
-            if fleet.way[PREFILLS_AT, r] == worker and stage in (AT_PREFILL, MOVING, FOR_RESERVATION):
-                lose_prefill(world, request, worker, stage, t)
-            elif (
-                fleet.way[PREFILLS_AT, r] == worker
-                and stage == NOWHERE
-                and life.fate[RINGS_FOR, r] in (BROKEN_ON, NOT_SENT_ON)  # it was to go on from there
-            ):
-                drop_alarm(world, request)
-                lose_prefill(world, request, worker, stage, t)
-        elif fleet.way[DECODES_AT, r] == worker:
-            if stage == AT_DECODE:
-                lose_decode(world, request, worker, t)
-                continue
-            if stage == MOVING:
-                stop_moving(world, request, t)
-            forget_reservation(world, request)
-            life.rings[LEARNS_AT, r] = t + world.control.break_delay
-            if stage in (MOVING, FOR_RESERVATION):
-                fleet.way[STAGE, r] = NOWHERE
-                prefilled = not np.isnan(fleet.instants[PREFILLED_AT, r])
-                haunt(world, request, worker)
-                set_alarm(world, request, life.rings[LEARNS_AT, r], whole(BROKEN_ON if prefilled else BROKEN))
+            lose_prefill(world, request, t)
+            # Routers no longer count those who only have blocks there; the queue goes by who is there.
+            nowhere = stage == PREFILLED or world.split.queued
+            go_astray(world, request, whole(-1) if nowhere else worker, learns_at, whole(BROKEN_PREFILL))
+        else:
+            if stage == AT_WORK:
+                lose_work(world, request, worker, t)
+            world.work.times[SINCE, r] = t
+            forget_blocks(world, world.work.own, world.cache.owned, request, whole(DESTINATION))
+            go_astray(world, request, worker, learns_at, whole(BROKEN))
     fleet.counts[unsigned(worker), WAITING] = fleet.counts[unsigned(worker), RUNNING] = 0
     add_up(world, worker)
     begin_anew(world, worker, t)
@@ -236,40 +233,15 @@ def lose(world, worker, t):
         runs.reset(fleet.allocator, worker, whole(fleet.counts[unsigned(worker), FREE]))
 
 
-@bare
-def forget_reservation(world, request):
-    """Nothing is held for a request at its decode worker any more, which it is to choose anew."""
-    fleet, own = world.fleet, world.work.own
-    r = unsigned(request)
-    fleet.way[DECODES_AT, r] = -1
-    fleet.instants[RESERVED_AT, r] = np.nan
-    own[HELD, r] = own[HIT, r] = 0
-    forget_blocks(world.cache.owned, request)
-    if world.transfer.merges:
-        fleet.chains[CHAIN_ROWS * DESTINATION + COUNT, r] = 0
-
-
 @inlined
-def forget_blocks(owned, request):
-    """A request has no blocks that could be found."""
-    if owned.shape[1] > 0:
-        owned[RUN_NODE, unsigned(request)] = -1
-        owned[NAMED, unsigned(request)] = 0
-
-
-@bare
-def drop_alarm(world, request):
-    """A request learns nothing of what its alarm is for. O(alarms)."""
-    life = world.life
-    place = 0
-    while life.alarms[unsigned(place)] != request:
-        place += 1
-    life.rings[RINGS_AT, unsigned(request)] = -np.inf
-    rise(life.alarms, place, request, life.rings[RINGS_AT], world.load.arrived_at)
-    take_alarm(world)
-    target = whole(life.fate[TARGET, unsigned(request)])
-    world.fleet.ghosts[unsigned(target)] -= 1
-    note_load(world, target)
+def is_moving(world, request):
+    """Whether a request's keys and values are on their way to its decode worker."""
+    fleet, r = world.fleet, unsigned(request)
+    return (
+        fleet.way[STAGE, r] == HAS_BLOCKS
+        and fleet.way[PREFILL_STAGE, r] == PREFILLED
+        and not np.isnan(fleet.instants[TRANSFER_AT, r])
+    )
 
 
 @bare
@@ -284,35 +256,33 @@ def stop_moving(world, request, t):
     fleet.instants[FLOW_AT, r] = fleet.instants[FLOWED_AT, r] = np.nan
 
 
+@inlined
+def forget_blocks(world, own, owned, request, side):
+    """A request has no blocks that could be found, nor does it find those that it left at an earlier worker."""
+    r = unsigned(request)
+    own[HELD, r] = 0
+    if owned.shape[1] > 0:
+        owned[RUN_NODE, r] = -1
+        owned[NAMED, r] = 0
+    if world.transfer.merges:
+        world.fleet.chains[unsigned(CHAIN_ROWS * side + COUNT), r] = 0
+
+
 @bare
-def lose_prefill(world, request, worker, stage, t):
-    """A request must be prefilled anew; what is reserved for its decode stays."""
+def lose_prefill(world, request, t):
+    """What a request had at its prefill worker is gone."""
     fleet = world.fleet
     r = unsigned(request)
-    if stage == MOVING:
-        stop_moving(world, request, t)
-    elif stage == FOR_RESERVATION:
-        decodes_at = whole(fleet.way[DECODES_AT, r])
-        take_from_line(world, request, decodes_at)
-        withdraw(world, request, decodes_at, t)
-        forget_reservation(world, request)
-    elif stage == AT_PREFILL and fleet.own[STATE, r] in (PREFILL, DECODE):
-        fleet.own[PREEMPTIONS, r] += 1
-        world.life.fate[INTERRUPTED, r] += 1
-    fleet.way[PREFILLS_AT, r] = -1
-    fleet.way[STAGE, r] = NOWHERE
+    if fleet.way[PREFILL_STAGE, r] != PREFILLED and fleet.own[STATE, r] not in (PREFILL, DECODE):
+        note_wait(world, fleet.times[SINCE, r], t)
+    fleet.times[SINCE, r] = t
     fleet.own[STATE, r] = UNSEEN
-    fleet.own[HELD, r] = 0
-    forget_blocks(fleet.owned, request)
-    if world.transfer.merges:
-        fleet.chains[CHAIN_ROWS * SOURCE + COUNT, r] = 0
-    haunt(world, request, worker)
-    set_alarm(world, request, t + world.control.break_delay, whole(BROKEN_PREFILL))
+    forget_blocks(world, fleet.own, fleet.owned, request, whole(SOURCE))
 
 
 @bare
-def lose_decode(world, request, worker, t):
-    """A request must go to another worker: it keeps the tokens that it has generated, and computes them anew there."""
+def lose_work(world, request, worker, t):
+    """A request that is served must go to another worker: it keeps its tokens, which are computed anew there."""
     fleet, work = world.fleet, world.work
     own, times = work.own, work.times
     r, w = unsigned(request), unsigned(worker)
@@ -324,21 +294,13 @@ def lose_decode(world, request, worker, t):
             times[LAST_AT, r] = max(times[LAST_AT, r], fleet.sums[w, LAST_DECODE])
         own[STARVING, r] = 0
         own[GENERATED, r] = generated(fleet.counts[w], own, request)
-    if state in (PREFILL, DECODE):
+    if state in (PREFILL, DECODE) or (own[KV, r] > 0 and own[GENERATED, r] > 0):  # what it found there stands
         own[PREEMPTIONS, r] += 1
-        world.life.fate[INTERRUPTED, r] += 1
-    else:
-        work.sums[BACKLOG] += max(t - max(times[SINCE, r], world.warmup), 0.0)
+        world.life.fate[CUT_SHORT, r] += 1
+    if state not in (PREFILL, DECODE):
+        note_wait(world, times[SINCE, r], t)
     own[STATE, r] = QUEUED
-    own[COMPUTED, r] = own[KV, r] = own[HELD, r] = 0
-    times[SINCE, r] = t
-    fleet.way[DECODES_AT, r] = -1
-    fleet.way[STAGE, r] = NOWHERE
-    forget_blocks(world.cache.owned, request)
-    if world.transfer.merges:
-        fleet.chains[CHAIN_ROWS * DESTINATION + COUNT, r] = 0
-    haunt(world, request, worker)
-    set_alarm(world, request, t + world.control.break_delay, whole(BROKEN))
+    own[COMPUTED, r] = own[KV, r] = 0
 
 
 @bare
@@ -346,78 +308,114 @@ def fail(world, request, reason, t):
     """A request fails: what is held for it is freed, and what follows it is issued as if it had ended."""
     fleet, life, own = world.fleet, world.life, world.work.own
     r = unsigned(request)
-    if own[GENERATED, r] == 0 and not np.isnan(world.work.times[FIRST_AT, r]):
-        own[GENERATED, r] = 1
     own[STATE, r] = FAILED
     life.fate[REASON, r] = reason
     life.rings[FAILED_AT, r] = t
     leave(world, request, False)
     if world.split.prefill_workers > 0:
-        if fleet.way[PREFILLS_AT, r] >= 0 and not np.isnan(fleet.instants[PREFILLED_AT, r]):
+        if fleet.way[PREFILL_STAGE, r] == PREFILLED:
             unpin(world, request, t)
-        if fleet.way[DECODES_AT, r] >= 0:
-            release(world, request, t)
+        elif fleet.way[PREFILL_STAGE, r] == ASTRAY:
+            drop_alarm(world, request, whole(PREFILL_PART))
+        leave_decode(world, request, t)
     refused = reason == NO_WORKER and world.load.closed
     if not (issue_after_drop(world.work, world.load, t) if refused else is_answered(world, request, t)):
         fleet.between[TROUBLE] = OUT_OF_REQUESTS
 
 
 @bare
+def migrates(world, request, t):
+    """Whether a request may go to another worker; else it fails."""
+    life, r = world.life, unsigned(request)
+    if life.fate[MIGRATIONS, r] >= world.control.migration_limit:
+        fail(world, request, whole(CRASH), t)
+        return False
+    life.fate[MIGRATIONS, r] += 1
+    return True
+
+
+@inlined
+def first_part(world):
+    """Which alarm rings first."""
+    decode, prefill = next_alarm_of(world, DECODE_PART), next_alarm_of(world, PREFILL_PART)
+    if decode != prefill:
+        return whole(DECODE_PART if decode < prefill else PREFILL_PART)
+    alarms, arrived_at = world.life.alarms, world.load.arrived_at
+    at_decode, at_prefill = whole(alarms[DECODE_PART, 0]), whole(alarms[PREFILL_PART, 0])
+    return whole(DECODE_PART if is_before(arrived_at, arrived_at, at_decode, at_prefill) else PREFILL_PART)
+
+
+@bare
 def ring(world, t):
     """A request learns what its alarm is for."""
-    fleet, life, work = world.fleet, world.life, world.work
-    request = take_alarm(world)
+    fleet, life = world.fleet, world.life
+    part = first_part(world)
+    request = take_alarm(world, part)
     r = unsigned(request)
-    what = whole(life.fate[RINGS_FOR, r])
-    if what == NOBODY:
+    what = whole(life.fate[unsigned(RINGS_FOR + part), r])
+    fleet.way[unsigned(STAGE + part), r] = NOWHERE
+    if what in (NOBODY, NOBODY_TO_PREFILL):
         fail(world, request, whole(NO_WORKER), t)
         return
-    target = whole(life.fate[TARGET, r])
-    fleet.ghosts[unsigned(target)] -= 1
-    note_load(world, target)
-    if what in (BROKEN, BROKEN_PREFILL):
-        if life.fate[MIGRATIONS, r] >= world.control.migration_limit:
-            fail(world, request, whole(CRASH), t)
-            return
-        life.fate[MIGRATIONS, r] += 1
-    elif what != BROKEN_ON:
-        life.fate[RETRIES, r] += 1
-        shun(world, target, t)
-    if what in (BROKEN, NOT_SENT):
-        work.sums[BACKLOG] += max(t - max(work.times[SINCE, r], world.warmup), 0.0)
-        if world.split.prefill_workers > 0 and work.own[GENERATED, r] == 0:
-            forget_way(world, request)
-        if work.own[GENERATED, r] > 0:
-            compute_anew(world, request, t)
-        elif not arrive(world, request, t):
-            fleet.between[TROUBLE] = OUT_OF_REQUESTS
-    elif what in (NOT_SENT_ON, BROKEN_ON):
-        choose_decode(world, request, t)
+    note_wait(world, world.work.times[SINCE, r] if part == DECODE_PART else fleet.times[SINCE, r], t)
+    if what == BROKEN:
+        learn_of_loss(world, request, t)
+    elif what == BROKEN_PREFILL:
+        learn_of_lost_prefill(world, request, t)
     else:
-        if what == BROKEN_PREFILL:
-            fleet.instants[PREFILLED_AT, r] = fleet.times[ENDED_AT, r] = fleet.times[STARTED_AT, r] = np.nan
-        if what == BROKEN_PREFILL and not world.split.reserves_first and fleet.way[DECODES_AT, r] >= 0:
-            # Else two requests could wait for each other's blocks.
-            release(world, request, t)
-            forget_reservation(world, request)
-        if world.split.reserves_first and fleet.way[DECODES_AT, r] < 0:
+        life.fate[RETRIES, r] += 1
+        shun(world, whole(life.fate[unsigned(TARGET + part), r]), t)
+        if what == NOT_SENT:
+            send_again(world, request, t)
+        elif what == NOT_SENT_ON:
             choose_decode(world, request, t)
         else:
             go_to_prefill(world, request, t)
 
 
 @bare
-def forget_way(world, request):
-    """A request begins its way anew."""
-    fleet = world.fleet
-    r = unsigned(request)
-    fleet.instants[:, r] = np.nan
-    fleet.times[STARTED_AT, r] = fleet.times[ENDED_AT, r] = np.nan
-    fleet.way[PREFILLS_AT, r] = -1
-    fleet.way[REMOTE, r] = 0
-    fleet.moved[r] = 0.0
-    fleet.runs[r] = 0
-    world.life.fate[CHOSEN_PREFILL, r] = 0
+def learn_of_loss(world, request, t):
+    """A request learns that its decode worker is gone."""
+    fleet, r = world.fleet, unsigned(request)
+    if world.split.prefill_workers > 0 and fleet.way[REMOTE, r] == 1 and np.isnan(fleet.instants[NOTICED_AT, r]):
+        if not np.isnan(fleet.instants[PREFILLED_AT, r]):
+            fleet.instants[RESERVED_AT, r] = fleet.instants[TRANSFER_AT, r] = np.nan
+            choose_decode(world, request, t)
+            return
+        if not np.isnan(fleet.instants[RESERVED_AT, r]):  # another one is chosen when it is prefilled
+            fleet.instants[RESERVED_AT, r] = np.nan
+            return
+    if migrates(world, request, t):
+        if world.split.prefill_workers > 0 and world.work.own[GENERATED, r] == 0:
+            fleet.instants[RESERVED_AT, r] = fleet.instants[NOTICED_AT, r] = np.nan
+            forget_prefill(world, request)
+        send_again(world, request, t)
+
+
+@bare
+def learn_of_lost_prefill(world, request, t):
+    """A request learns that the worker that prefills it, or has done so, is gone."""
+    fleet, r = world.fleet, unsigned(request)
+    if not migrates(world, request, t):
+        return
+    if not world.split.reserves_first or np.isnan(fleet.instants[RESERVED_AT, r]):
+        # Else two requests could wait for each other's blocks.
+        leave_decode(world, request, t)
+        fleet.instants[RESERVED_AT, r] = np.nan
+    forget_prefill(world, request)
+    if world.split.reserves_first and np.isnan(fleet.instants[RESERVED_AT, r]):
+        choose_decode(world, request, t)
+    else:
+        go_to_prefill(world, request, t)
+
+
+@bare
+def send_again(world, request, t):
+    """Have a request be routed as if it came now."""
+    if world.work.own[GENERATED, unsigned(request)] > 0:
+        compute_anew(world, request, t)
+    elif not arrive(world, request, t):
+        world.fleet.between[TROUBLE] = OUT_OF_REQUESTS
 
 
 @bare
@@ -425,12 +423,11 @@ def compute_anew(world, request, t):
     """Have a request that has tokens be served by another worker."""
     worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
-        set_alarm(world, request, t, whole(NOBODY))
+        find_nobody(world, request, whole(NOBODY), t)
     elif is_up(world, worker):
         bring_up(world, worker, t)
         serve(world, request, worker, t)
     else:
-        world.work.times[SINCE, unsigned(request)] = t
         miss(world, request, worker, whole(NOT_SENT), t)
 
 
@@ -445,7 +442,7 @@ def begin_outage(world, t):
         w = unsigned(worker)
         if life.whole[PHASE, w] == READY:
             part = draw(world, whole(STOP_DRAW), worker, whole(life.numbers[OUTAGES_DONE]))
-            stops_at = t + control.ttl - control.renewal * part
+            stops_at = t + (control.ttl - control.renewal * part)
             if stops_at < end:
                 set_due(world, whole(STOPS_AT), worker, stops_at)
     life.numbers[OUTAGES_DONE] += 1
@@ -476,7 +473,10 @@ def live(world, t, doomed):
         return whole(1)
     if life.times[NEXT_CRASH] == t:
         at = whole(control.first_event) + whole(life.numbers[CRASHES_DONE])
-        set_due(world, whole(CRASHES), whole(life.events[unsigned(at), WHO]), t)
+        worker = whole(life.events[unsigned(at), WHO])
+        if life.due[CRASHES, unsigned(worker)] == t:  # of one that crashes twice, one after the other
+            return whole(crash(world, worker, t, whole(CRASHES), False))
+        set_due(world, whole(CRASHES), worker, t)
         life.numbers[CRASHES_DONE] += 1
         look_at_schedule(world)
         return whole(1)

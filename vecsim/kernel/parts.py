@@ -3,7 +3,7 @@
 import numpy as np
 
 from vecsim.kernel.handover import NOTICED_AT, PREFILLED_AT, REMOTE, RESERVED_AT, TRANSFER_AT
-from vecsim.kernel.jit import bare, unsigned
+from vecsim.kernel.jit import bare, inlined, unsigned
 from vecsim.kernel.token_state import FIRST_AT, STARTED_AT
 
 # Places in `parts`: share that was prefilled elsewhere, seconds of a transfer, then the parts of the time to first
@@ -11,6 +11,12 @@ from vecsim.kernel.token_state import FIRST_AT, STARTED_AT
 REMOTE_SHARE, TRANSFER_TIME, FIRST_PART = range(3)
 PARTS = 9
 MEANS = FIRST_PART + PARTS
+
+
+@inlined
+def placed_between(least, moment, following):
+    """A moment that isn't before the least nor after the following one: that one where it isn't known."""
+    return max(min(moment, following), least) if moment >= 0.0 else following
 
 
 @bare
@@ -45,6 +51,13 @@ def write_parts(world):
             decodes = fleet.times[STARTED_AT, r]
             if not decodes >= noticed:  # it lost its blocks before it was admitted
                 decodes = noticed
+        if world.control.changes:  # what was lost and done anew may be missing, or come after the token
+            decodes = placed_between(routed, decodes, first)
+            noticed = placed_between(routed, noticed, decodes)
+            began = placed_between(routed, began, noticed)
+            prefilled = placed_between(routed, prefilled, began)
+            started = placed_between(routed, started, prefilled)
+            reserved = placed_between(routed, reserved, started)
         parts[FIRST_PART] += routed - arrived
         parts[FIRST_PART + 1] += reserved - routed
         parts[FIRST_PART + 2] += started - reserved

@@ -581,6 +581,9 @@ class Control(NamedTuple):
     """How workers come and go, and how the others learn of it; seconds."""
 
     changes: bool  # whether they do
+    request_plane: float  # until what a router sends is there
+    queue_push: float  # until a request is in the queue for prefill, and from there at its worker
+    queue_pop: float
     watch: float  # until routers learn that a worker is ready, or drains
     ttl: float  # of a lease
     renewal: float  # between two renewals of it
@@ -610,7 +613,7 @@ class Life(NamedTuple):
     spent: Array  # [row, worker] seconds
     fate: Array  # [row, request]
     rings: Array  # [row, request] seconds
-    alarms: Array  # a heap of requests
+    alarms: Array  # [part] a heap of requests
     numbers: Array
     times: Array  # seconds: of the outage, and of what is scheduled next
     log: Array  # [row, event]

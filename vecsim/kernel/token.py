@@ -627,10 +627,11 @@ def simulate(place, kind, time_limit):
             if own[COMPUTED, r] < prompt[r] + own[GENERATED, r]:
                 continue
             done += 1
+            counts[BEGINNING] += own[NEW_BLOCKS, r]
+            own[NEW_BLOCKS, r] = 0
             if own[GENERATED, r] == 0:
                 times[FIRST_AT, r] = t
                 times[LAST_AT, r] = t
-                counts[BEGINNING] += own[NEW_BLOCKS, r]
             else:
                 add_gaps(counts, sums, gaps, t - times[LAST_AT, r], whole(1))
             if load.watches_gaps:

@@ -516,8 +516,8 @@ def transfer_of(row):
 def control_of(row):
     n = row[CONTROL:]
     return Control(
-        n[0] != 0, n[1], n[2], n[3], n[4], n[5], n[6], int(n[7]), n[8], n[9] != 0, int(n[10]), int(n[11]), int(n[12]),
-        int(n[13]), int(n[14]), int(n[15]),
+        n[0] != 0, n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], int(n[10]), n[11], n[12] != 0, int(n[13]),
+        int(n[14]), int(n[15]), int(n[16]), int(n[17]), int(n[18]),
     )  # fmt: skip
 
 
