@@ -178,8 +178,11 @@ def move_on(world, t):
 
 
 @bare
-def go_on(world, worker, kind, due, users_wait):
-    """Have a worker make steps from its boundary on, until something that comes at `due` may concern it."""
+def go_on(world, worker, kind, due, others_matter):
+    """Have a worker make steps from its boundary on, until something that comes at `due` may concern it.
+
+    `others_matter` is whether what happens at the boundaries of others may send it requests.
+    """
     fleet = world.fleet
     w = unsigned(worker)
     until = min(due, world.time_limit)
@@ -202,7 +205,7 @@ def go_on(world, worker, kind, due, users_wait):
         horizon = min(horizon, world.warmup)
     inside = tiered or looks_inside(world.router) or looks_inside(world.prefill_router)
     fleet.sums[w, HORIZON] = 0.0 if inside else horizon
-    if users_wait or world.split.prefill_workers > 0 or world.control.changes:
+    if others_matter:
         tree.put(fleet.clock, worker, np.inf)
         until = min(until, fleet.clock[1])
     if fleet.waiting[unsigned(2 * worker)] >= 0:  # step by step: each may free blocks
@@ -236,6 +239,15 @@ def go_on(world, worker, kind, due, users_wait):
         retry(world, worker, fleet.sums[w, END_TIME])  # a preemption may have freed blocks, and no step follows
 
 
+@bare
+def dooms(world):
+    """Whether a worker crashes at the end of its step, which sends its requests to others then. O(workers)."""
+    for worker in range(world.fleet.group.size):
+        if world.life.whole[DOOM, unsigned(worker)] != 0:
+            return True
+    return False
+
+
 @bare_entry
 def simulate_fleet(world):
     """Run one scenario of a fleet, a `World`; returns the status.
@@ -247,6 +259,7 @@ def simulate_fleet(world):
     apart = split.prefill_workers > 0
     users_wait = load.closed or load.follower.size > 0
     changes, tiered = world.control.changes, world.tiers.on
+    doomed = False
     tiers_due = np.inf
     life_due = np.inf
     reset(world)
@@ -309,7 +322,9 @@ def simulate_fleet(world):
                     feed(world, t)
                 if fleet.waiting[unsigned(2 * worker)] >= 0:
                     make_room(world, worker, t)
-                go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait)
+                go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait or apart or doomed)
+        if doomed or life_due == t:
+            doomed = dooms(world)
         if not issued:
             between[TROUBLE] = OUT_OF_REQUESTS
         if users_wait:
