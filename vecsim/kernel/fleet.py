@@ -15,6 +15,7 @@ from vecsim.kernel import links, seen, tree
 from vecsim.kernel.address import call_live
 from vecsim.kernel.handover import (
     NOTICE,
+    REMOTE,
     WAITS_FOR,
     all_flowed,
     arrive,
@@ -43,6 +44,7 @@ from vecsim.kernel.life import (
     DOOM,
     DOWNS,
     DOWNS_METRIC,
+    FAILED_AT,
     FAILED_METRIC,
     HOURS_METRIC,
     LIVE,
@@ -351,17 +353,25 @@ def gather(world, status):
     counts, sums, own = work.counts, work.sums, work.own
     for worker in range(fleet.group.size):
         add_up(world, worker)
+    apart = world.split.prefill_workers > 0
     if world.control.changes:
-        counts[WAITING] += world.life.numbers[ALARMS]
+        for i in range(world.life.numbers[ALARMS]):
+            r = unsigned(world.life.alarms[unsigned(i)])
+            counts[WAITING] += not (apart and fleet.way[REMOTE, r] == 1 and own[STATE, r] == QUEUED)  # as below
         counts[ENQUEUED] = 0
     for request in range(world.load.prompt_tokens.size):
         r = unsigned(request)
+        if apart and fleet.way[REMOTE, r] == 1 and own[STATE, r] == QUEUED:
+            # `join` has counted it, and so has the prefill worker that it waits at, if it is there
+            counts[WAITING] -= fleet.own[STATE, r] == QUEUED
         if own[STATE, r] == DECODE:  # as `generated` will have it of one engine that has not made a step
             own[GENERATED, r] -= fleet.counts[unsigned(fleet.way[DECODES_AT, r]), STEP]
         if world.control.changes:
             own[PREEMPTIONS, r] -= world.life.fate[INTERRUPTED, r]
             fleet.way[DECODES_AT, r] = world.life.fate[CHOSEN, r] - 1
             fleet.way[PREFILLS_AT, r] = world.life.fate[CHOSEN_PREFILL, r] - 1
+            if own[STATE, r] == FAILED:  # perhaps after the last step of all
+                sums[END_TIME] = max(sums[END_TIME], world.life.rings[FAILED_AT, r])
             if own[STATE, r] == UNSEEN and world.life.fate[CAME_HERE, r] != 0:  # on its way to a worker
                 own[STATE, r] = QUEUED
                 counts[WAITING] += 1
