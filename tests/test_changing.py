@@ -8,6 +8,7 @@ import pytest
 from scipy import linalg, stats
 
 import vecsim as sim
+from vecsim.sweep.report import table
 
 STEP = sim.LinearStepTime(base=6e-3, per_request=6e-5, per_prefill_token=4e-5)
 POOL = sim.Pool(workers=2, max_batch_size=64, step_time=STEP, kv_cache=sim.KVCache(blocks=2000))
@@ -192,6 +193,33 @@ def test_pictures_and_tables_have_a_row_for_each_worker_that_there_was():
         assert run.workers.sizes["worker"] == sum(fleet.places())
         assert int(run.workers.requests.sum()) >= int(run.metrics.started)
     assert run.links.link.values.tolist()[:5] == ["source 0", "source 1", "source 2", "source 3", "destination 4"]
+
+
+def test_the_text_of_a_run_and_the_table_of_a_sweep_tell_what_became_of_workers_and_requests():
+    plane = sim.ControlPlane(crashes=((20.0, 0),), ttl=5)
+    fleet = cluster(control_plane=plane, scaling=sim.Schedule(changes=((10.0, "decode", 3),)))
+    run = fleet.run(60.0)
+    m = run.metrics
+    failed, retries = int(m.failed), int(m.retries)
+    assert failed > 0
+    assert f"\nFailed requests: {failed}; migrations 0, retries {retries}\n" in str(run)
+    assert f"\nWorkers: 1 added, 0 removed, 1 crashed; {float(m.gpu_hours):.3f} GPU-hours\n" in str(run)
+    assert "1 added, 0 removed, 1 crashed" in run._repr_html_()
+    assert "crashed" not in str(cluster().run(60.0))
+    ds = sim.sweep(fleet, time_limit=60.0, migration_limit=[0, 1], progress=False)
+    head, _, *rows = table(ds).splitlines()
+    assert head.split()[-3:] == ["failed", "crashes", "GPU-hours"]
+    assert rows[0].split()[-3:] == [str(failed), "1", f"{float(m.gpu_hours):.3g}"]
+    assert rows[1].split()[-3] == "0"
+
+
+def test_a_run_ends_when_its_last_request_has_failed():
+    plane = sim.ControlPlane(crashes=((1.0, 0),), restarts=False, ttl=10, renewal=0, connect_timeout=2.0, shun=0.0)
+    load = sim.TraceLoadGenerator(arrived_at=[0.0, 4.0], prompt_tokens=[10, 10], output_tokens=[5, 5])
+    pool = msgspec.structs.replace(POOL, workers=1)
+    run = cluster(pool=pool, load_generator=load, control_plane=plane).run()
+    assert run.requests.failed_at.values[1] == run.metrics.end_time >= 11.0
+    np.testing.assert_allclose(run.metrics.gpu_hours, 1 / 3600)
 
 
 def test_threads_and_other_scenarios_change_nothing():

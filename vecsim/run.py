@@ -432,6 +432,15 @@ class Run:
             ("Slot utilization", share("utilization")),
             ("Batch size", f"{float(metrics.batch_size):.1f} requests, {float(metrics.step_tokens):.1f} tokens a step"),
         ]
+        if isinstance(self.engine, Fleet) and self.engine.changes:
+            counts = {
+                name: f"{int(metrics[name]):,}"
+                for name in ("failed", "migrations", "retries", "scale_ups", "scale_downs", "crashes")
+            }
+            moved = f"{counts['failed']}; migrations {counts['migrations']}, retries {counts['retries']}"
+            workers = f"{counts['scale_ups']} added, {counts['scale_downs']} removed, {counts['crashes']} crashed"
+            rows.insert(3, ("Failed requests", moved))
+            rows.append(("Workers", f"{workers}; {float(metrics.gpu_hours):.3f} GPU-hours"))
         if has_slo(metrics):
             kept = f"{float(metrics.goodput):.3f} (SLO attainment {share('slo_attainment')})"
             rows.insert(2, ("Goodput [requests/s]", kept))

@@ -138,7 +138,7 @@ TOKEN_VARIABLES = (
         "slo_attainment",
         "SLO attainment",
         "1",
-        "requests that kept to all their limits, of those that were completed or refused",
+        "requests that kept to all their limits, of those that were completed, refused or failed",
     ),
     Variable("final_queue", "final queue size", "requests", "queue size at the end", whole=True),
     Variable(
@@ -166,7 +166,10 @@ TOKEN_VARIABLES = (
 CLASS_VARIABLES = (
     Variable("class_goodput", "goodput by class", "requests/s", "goodput of each class"),
     Variable(
-        "class_slo_attainment", "SLO attainment by class", "1", "of the completed and refused requests of each class"
+        "class_slo_attainment",
+        "SLO attainment by class",
+        "1",
+        "of the completed, refused and failed requests of each class",
     ),
     Variable("class_completed", "requests completed by class", "requests", "of each class", whole=True),
 )
