@@ -123,7 +123,7 @@ def progress_bar(total: int, shown: bool, kernel: str) -> Any:
     from vecsim.kernel.jit import is_compiled
 
     if not is_compiled(kernel):
-        spent = {"simulate_fleet": "up to a minute", "run_token_scenarios": "some 50 s"}.get(kernel, "some 20 s")
+        spent = {"simulate_fleet": "some two minutes", "run_token_scenarios": "some 50 s"}.get(kernel, "some 20 s")
         print(f"compiling the kernels: this once, {spent}", file=sys.stderr, flush=True)
     if "ipykernel" in sys.modules:
         from tqdm.auto import tqdm
