@@ -130,6 +130,13 @@ def test_every_request_has_one_fate_and_metrics_after_the_warm_up_are_their_defi
                 "goodput": (counts & kept).sum() / spent if spent > 0 else np.nan,
                 "slo_attainment": (counts & kept).sum() / np.float64((counts & (fates == 1)).sum()),
             }
+        if "expected_hit_tokens" in requests:
+            stayed = counts & np.isfinite(started) & (requests.migrations.values == 0)
+            prompts = np.float64(requests.prompt_tokens.values[stayed].sum())
+            counted_on = requests.expected_hit_tokens.values[stayed]
+            missed = np.maximum(counted_on - requests.hit_tokens.values[stayed], 0)
+            with np.errstate(invalid="ignore"):
+                expected |= {"expected_hit_rate": counted_on.sum() / prompts, "missed_hit_rate": missed.sum() / prompts}
         for name, value in expected.items():
             if spent > 0:
                 np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-9, err_msg=f"{name}, {seed}")

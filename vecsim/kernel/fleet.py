@@ -62,7 +62,7 @@ from vecsim.kernel.life import (
 )
 from vecsim.kernel.parts import write_parts
 from vecsim.kernel.places import reset_places
-from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, looks_inside
+from vecsim.kernel.routing import DECODES_AT, EXPECTED_RATE, MISSED_RATE, PREFILLS_AT, VIEW_AGE, looks_inside
 from vecsim.kernel.state import (
     COASTING,
     DONE,
@@ -82,7 +82,7 @@ from vecsim.kernel.token import (
     reset_requests,
     take_arrival,
 )
-from vecsim.kernel.token_scenarios import GROUP_GPUS, GROUP_WORKERS, policy_of
+from vecsim.kernel.token_scenarios import GROUP_GPUS, GROUP_WORKERS, memory_of, policy_of
 from vecsim.kernel.token_state import (
     BLOCK_SECONDS,
     DECODE,
@@ -95,6 +95,7 @@ from vecsim.kernel.token_state import (
     GAP_HIGH,
     GAP_LOW,
     GENERATED,
+    HIT,
     HORIZON,
     ISSUED,
     MEASURING,
@@ -103,6 +104,7 @@ from vecsim.kernel.token_state import (
     QUEUED,
     REPORTED,
     SLOT_SECONDS,
+    STARTED_AT,
     STATE,
     STEP,
     UNSEEN,
@@ -381,6 +383,8 @@ def gather(world, status):
         for request in range(world.load.prompt_tokens.size):
             counts[WAITING] += own[STATE, unsigned(request)] == QUEUED
             counts[ENQUEUED] += own[STATE, unsigned(request)] != UNSEEN
+    if fleet.views.size > 0:
+        write_views(world)
     if status == DONE and time_limit < np.inf:
         sums[END_TIME] = max(sums[END_TIME], time_limit)
     if world.control.changes:
@@ -391,6 +395,35 @@ def gather(world, status):
             p = world.groups[unsigned(group)]
             spent = max(sums[END_TIME] - world.warmup, 0.0)
             world.life.metrics[HOURS_METRIC] += p[GROUP_WORKERS] * p[GROUP_GPUS] * spent / 3600.0
+
+
+@bare
+def write_views(world):
+    """Tell how what a router took to be cached differed from what was found, over measured requests. O(requests)."""
+    fleet, load, work = world.fleet, world.load, world.work
+    fleet.views[:] = np.nan
+    if world.router.credit == 0.0:
+        return
+    known = expected = missed = routed = whole(0)
+    age = 0.0
+    for request in range(load.prompt_tokens.size):
+        r = unsigned(request)
+        worker = whole(fleet.way[DECODES_AT, r])
+        if worker < 0 or work.own[STATE, r] == UNSEEN or load.arrived_at[r] < world.warmup:
+            continue
+        routed += 1
+        age += fleet.view_age[r]
+        moved = world.control.changes and world.life.fate[MIGRATIONS, r] > 0
+        if moved or np.isnan(work.times[STARTED_AT, r]):
+            continue
+        tokens = whole(fleet.expected[r]) * memory_of(world.groups[kind_of(world, worker)]).block_size
+        known += load.prompt_tokens[r]
+        expected += tokens
+        missed += max(tokens - work.own[HIT, r], 0)
+    if known > 0:
+        fleet.views[EXPECTED_RATE], fleet.views[MISSED_RATE] = expected / known, missed / known
+    if routed > 0:
+        fleet.views[VIEW_AGE] = age / routed
 
 
 @bare
