@@ -192,7 +192,7 @@ def survey(world, router, request, t):
     """Find out how a router's workers are, into `fleet.survey`; returns the blocks of the prompt."""
     fleet, load, cache = world.fleet, world.load, world.cache
     prompt = whole(load.prompt_tokens[unsigned(request)])
-    overlap = router.credit != 0.0
+    credited = router.credit != 0.0
     incoming = whole(0)
     for worker in range(router.first, router.first + router.number):
         w = unsigned(worker)
@@ -200,6 +200,7 @@ def survey(world, router, request, t):
         incoming = blocks_for(prompt, memory.block_size, memory.shift)
         hit = most = whole(0)
         lower = 0.0
+        overlap = credited and (could_hold(fleet, worker) or router.code == OWN)  # whose rule is told of all
         if overlap and memory.caching:
             shared, _ = blocks_with_ids(cache, memory, request)
             most = min(shared, full_blocks(prompt - 1, memory.block_size, memory.shift))
