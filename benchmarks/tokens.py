@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from suite.fleets import VARIANTS, a_thousand, changing
 from suite.tokens import disaggregated, poisson, replicas, ten_thousand
 
 import vecsim as sim
@@ -58,6 +59,20 @@ def sweep_of_disaggregated() -> tuple[float, int, int]:
     begin = time.perf_counter()
     ds = sim.sweep(disaggregated(1_000), **ten_thousand(), threads=2, progress=False)
     return time.perf_counter() - begin, int(ds.steps.sum()), int(ds.completed.sum())
+
+
+def sweeps_of_changing_fleets() -> None:
+    """Seconds of whole sweeps of 1,000 fleets, 5,000 requests each, whose workers come, go and crash; a row each."""
+    print("\n| 1,000 fleets, two threads | s | at most | of a processor | steps | us a request | ns a step |")
+    print("|---|---|---|---|---|---|---|")
+    for variant in VARIANTS:
+        sim.sweep(changing(20, variant), **a_thousand(variant, 1), progress=False)  # compiles
+        begin, used = time.perf_counter(), time.process_time()
+        ds = sim.sweep(changing(5_000, variant), **a_thousand(variant), threads=2, progress=False)
+        took, used = time.perf_counter() - begin, time.process_time() - used
+        steps, most = int(ds.steps.sum()), "60" if variant == "all" else ""
+        each = f"{1e6 * used / int(ds.arrived.sum()):.1f} | {1e9 * used / steps:.0f}"
+        print(f"| {variant} | {took:.1f} | {most} | {used:.1f} | {steps:,} | {each} |")
 
 
 def cases() -> dict[str, tuple[sim.Engine | sim.Cluster, str]]:
@@ -113,3 +128,4 @@ if __name__ == "__main__":
         f"\n10,000 disaggregated scenarios of 1,000 requests, two threads: {took:.1f} s, at most 30; "
         f"{steps:,} steps, {1e9 * took * 2 / steps:.0f} ns a step of a thread, {completed / took:.3g} requests/s"
     )
+    sweeps_of_changing_fleets()

@@ -41,5 +41,5 @@ MODELS = {"ticks": (ticks, "simulate_fleet"), "tokens": (tokens, "write_token_re
 if __name__ == "__main__":
     compile_all, last = MODELS[sys.argv[1]]
     if not is_compiled(last):
-        print(f"compiling the kernels of {sys.argv[1]}: up to a minute, once", flush=True)
+        print(f"compiling the kernels of {sys.argv[1]}: one or two minutes, once", flush=True)
         compile_all()

@@ -18,7 +18,7 @@ def suite():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VECSIM_BENCHMARKS_TINY", "1")
         patch.syspath_prepend(str(FOLDER))
-        yield [importlib.import_module(f"suite.{name}") for name in ("kernel", "around", "tokens")]
+        yield [importlib.import_module(f"suite.{name}") for name in ("kernel", "around", "tokens", "fleets")]
 
 
 def test_asv_finds_the_suite():

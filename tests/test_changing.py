@@ -5,8 +5,10 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from scipy import linalg, stats
 
 import vecsim as sim
+from vecsim.sweep.report import table
 
 STEP = sim.LinearStepTime(base=6e-3, per_request=6e-5, per_prefill_token=4e-5)
 POOL = sim.Pool(workers=2, max_batch_size=64, step_time=STEP, kv_cache=sim.KVCache(blocks=2000))
@@ -93,21 +95,78 @@ def test_availability_of_one_worker_that_crashes_and_recovers():
     assert (ds.completed + ds.failed >= ds.arrived - 1).all()
 
 
+def test_goodput_of_one_worker_that_crashes_and_recovers():
+    """Requests are served that find the worker ready, and it for as long as they take: A exp(-s / mtbf) of them."""
+    mtbf, recovery, step, tokens, rate = 50.0, 12.5, 0.02, 250, 2.0
+    pool = sim.Pool(workers=1, step_time=sim.LinearStepTime(base=step), start_up_time=recovery)
+    plane = sim.ControlPlane(mtbf=mtbf, ttl=0.0, renewal=0.0, connect_timeout=1e-3, shun=0.0)
+    load = sim.PoissonLoadGenerator(request_rate=rate, prompt_tokens=1, output_tokens=tokens)
+    slo = sim.SLO(e2e=(tokens + 2) * step)
+    one = sim.Cluster(pool=pool, load_generator=load, control_plane=plane, slo=slo)
+    goodput = sim.sweep(one, time_limit=20_000, seed=range(32), progress=False).goodput.values
+    error = goodput.std(ddof=1) / math.sqrt(goodput.size)
+    # A request waits for a step's end, and a crash for that of another, which it may be the last of: a step on each
+    # side of those that it takes. A step is 0.0004 of the mean time between failures.
+    served = [rate * mtbf / (mtbf + recovery) * math.exp(-(tokens + more) * step / mtbf) for more in (-1, 1)]
+    assert served[1] - 4 * error < goodput.mean() < served[0] + 4 * error
+    assert error < 0.005 * rate
+
+
 def test_routers_notice_a_crash_when_the_lease_ends():
-    """Requests are sent to the dead worker, and again, for between ttl - renewal and ttl seconds."""
-    plane = sim.ControlPlane(crashes=((10.0, 1),), ttl=10, renewal=5, shun=0.0, connect_timeout=0.01)
-    pool = msgspec.structs.replace(POOL, start_up_time=60.0)
+    """Requests are sent to the dead worker for a uniform time between ttl - renewal and ttl (Kolmogorov, Smirnov)."""
+    plane = sim.ControlPlane(crashes=((10.0, 1),), ttl=10, renewal=5, shun=0.0, connect_timeout=1e-3)
+    pool = sim.Pool(workers=2, step_time=sim.LinearStepTime(base=1e-3), start_up_time=60.0)
     lasted = []
-    for seed in range(40):
-        load = msgspec.structs.replace(LOAD, seed=seed, requests=400)
-        run = cluster(pool=pool, router=sim.RoundRobinRouter(), load_generator=load, control_plane=plane).run()
-        hit = run.requests.arrived_at.values[run.requests.retries.values > 0]
+    for seed in range(400):
+        load = sim.RequestRateLoadGenerator(request_rate=100, prompt_tokens=1, output_tokens=1, seed=seed)
+        requests = sim.Cluster(pool=pool, load_generator=load, control_plane=plane).run(21.0).requests
+        hit = requests.arrived_at.values[requests.retries.values > 0]
+        assert hit.min() >= 10.0 - 1e-9
         lasted.append(hit.max() - 10.0)
-    lasted = np.array(lasted)
-    assert 5.0 < lasted.max() <= 10.0 + 0.1
-    assert lasted.min() > 4.0
-    # Uniform between 5 and 10, less the time since the last request of the other worker's turns
-    assert abs(lasted.mean() - 7.5) < 4 * (5 / math.sqrt(12)) / math.sqrt(lasted.size) + 0.2
+    assert min(lasted) >= 5.0 - 0.02
+    assert max(lasted) <= 10.0
+    assert stats.kstest(lasted, stats.uniform(5, 5).cdf).pvalue > 1e-3
+
+
+def test_a_queue_whose_servers_are_added_on_a_schedule_is_a_birth_and_death_process():
+    """Means of the requests in the system, and of those that wait, as the forward equations have them.
+
+    One queue for prefill before workers of one slot; a prompt takes an exponential time, and its end is the request's.
+    """
+    rate, start_up = 2.5, 2.0
+    tokens = np.ceil(-10_000 * np.log1p(-(np.arange(20_000) + 0.5) / 20_000)).astype(int)
+    engine = sim.DisaggregatedEngine(
+        prefill=sim.Pool(
+            workers=1,
+            max_batch_size=1,
+            step_time=sim.LinearStepTime(base=1e-9, per_prefill_token=1e-4),
+            batcher=sim.TokenBudgetBatcher(max_num_batched_tokens=2**20),
+            start_up_time=start_up,
+        ),
+        decode=sim.Pool(max_batch_size=1, step_time=sim.LinearStepTime(base=1e-9)),
+        scaling=sim.Schedule(changes=((10.0, "prefill", 2), (20.0, "prefill", 4))),
+        load_generator=sim.PoissonLoadGenerator(
+            request_rate=rate, prompt_tokens=sim.Empirical(values=tokens), output_tokens=1
+        ),
+    )
+    ds = sim.sweep(engine, 40.0, seed=range(4000), keep="requests", progress=False)
+
+    number = np.arange(201)  # requests in the system; more are as good as impossible
+    share = (number == 0).astype(float)
+    before = 0.0
+    for now, servers in ((5, 1), (12, 1), (15, 2), (22, 2), (24, 4), (28, 4), (38, 4)):
+        births, deaths = np.full(200, rate), np.minimum(number[1:], servers).astype(float)
+        generator = np.diag(births, 1) + np.diag(deaths, -1)
+        share = share @ linalg.expm((generator - np.diag(generator.sum(axis=1))) * (now - before))
+        before = now
+        came, started, ended = ((ds[f"{what}_at"] < now).sum("request") for what in ("arrived", "started", "completed"))
+        for sample, expected in (
+            ((came - ended).values, share @ number),
+            ((came - started).values, share @ np.maximum(number - servers, 0)),
+        ):
+            error = sample.std(ddof=1) / math.sqrt(sample.size)
+            assert abs(sample.mean() - expected) < 4 * error
+            assert error < 0.03 * expected  # or this would say little
 
 
 @pytest.mark.parametrize("limit", [0, 1])
@@ -134,6 +193,33 @@ def test_pictures_and_tables_have_a_row_for_each_worker_that_there_was():
         assert run.workers.sizes["worker"] == sum(fleet.places())
         assert int(run.workers.requests.sum()) >= int(run.metrics.started)
     assert run.links.link.values.tolist()[:5] == ["source 0", "source 1", "source 2", "source 3", "destination 4"]
+
+
+def test_the_text_of_a_run_and_the_table_of_a_sweep_tell_what_became_of_workers_and_requests():
+    plane = sim.ControlPlane(crashes=((20.0, 0),), ttl=5)
+    fleet = cluster(control_plane=plane, scaling=sim.Schedule(changes=((10.0, "decode", 3),)))
+    run = fleet.run(60.0)
+    m = run.metrics
+    failed, retries = int(m.failed), int(m.retries)
+    assert failed > 0
+    assert f"\nFailed requests: {failed}; migrations 0, retries {retries}\n" in str(run)
+    assert f"\nWorkers: 1 added, 0 removed, 1 crashed; {float(m.gpu_hours):.3f} GPU-hours\n" in str(run)
+    assert "1 added, 0 removed, 1 crashed" in run._repr_html_()
+    assert "crashed" not in str(cluster().run(60.0))
+    ds = sim.sweep(fleet, time_limit=60.0, migration_limit=[0, 1], progress=False)
+    head, _, *rows = table(ds).splitlines()
+    assert head.split()[-3:] == ["failed", "crashes", "GPU-hours"]
+    assert rows[0].split()[-3:] == [str(failed), "1", f"{float(m.gpu_hours):.3g}"]
+    assert rows[1].split()[-3] == "0"
+
+
+def test_a_run_ends_when_its_last_request_has_failed():
+    plane = sim.ControlPlane(crashes=((1.0, 0),), restarts=False, ttl=10, renewal=0, connect_timeout=2.0, shun=0.0)
+    load = sim.TraceLoadGenerator(arrived_at=[0.0, 4.0], prompt_tokens=[10, 10], output_tokens=[5, 5])
+    pool = msgspec.structs.replace(POOL, workers=1)
+    run = cluster(pool=pool, load_generator=load, control_plane=plane).run()
+    assert run.requests.failed_at.values[1] == run.metrics.end_time >= 11.0
+    np.testing.assert_allclose(run.metrics.gpu_hours, 1 / 3600)
 
 
 def test_threads_and_other_scenarios_change_nothing():

@@ -316,6 +316,22 @@ def test_the_queue_of_a_fleet_is_that_of_all_its_workers_and_all_of_it_is_drawn(
     assert axis.get_ylim()[1] > queue.max()
 
 
+@pytest.mark.parametrize("router", [None, sim.RoundRobinRouter()])
+@pytest.mark.parametrize("scaling", [None, sim.Schedule(changes=((100.0, "prefill", 1),))])
+def test_the_final_queue_has_each_request_once_wherever_it_waits(router, scaling):
+    pool = sim.Pool(**POOL | {"max_batch_size": 2, "kv_cache": None})
+    load = sim.BatchLoadGenerator(initial_batch=30, prompt_tokens=500, output_tokens=50)
+    fleet = sim.DisaggregatedEngine(
+        prefill=pool, decode=pool, prefill_router=router, load_generator=load, scaling=scaling
+    )
+    run = fleet.run(0.3)
+    decodes = int(run.steps.worker.max())
+    waiting = int(run.steps.queue_size.values[run.steps.worker.values == decodes][-1])
+    assert waiting > 0
+    not_started = int(run.requests.started_at.isnull().sum())
+    assert int(run.metrics.final_queue) == not_started + waiting < 30
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -137,7 +137,8 @@ def test_a_router_of_ones_own_does_what_it_says():
         cluster(load, router).run()
         for router in (routing.CustomRouter(rule=fewest), sim.LeastOutstandingRouter(), nowhere)
     )
-    assert own.requests.identical(same.requests.assign_attrs(own.requests.attrs))
+    views = ["expected_hit_tokens", "view_age"]
+    assert own.requests.drop_vars(views).identical(same.requests.assign_attrs(own.requests.attrs))
     assert (first.requests.worker == 0).all()
 
 
@@ -167,3 +168,63 @@ def test_a_router_that_knows_what_is_cached_hits_more_of_mooncakes_conversations
             for router in (sim.RoundRobinRouter(), routing.KVAwareRouter())
         ]
         assert rates[1] > gain * rates[0]
+
+
+def served_one_by_one(arrived_at, prompt_tokens, first_ids, latency):
+    """One worker of 40 blocks, a request at a time; prompts are those that begin with a block of the same id."""
+    counts = [tokens // 16 for tokens in prompt_tokens]
+    load = sim.TraceLoadGenerator(
+        arrived_at=arrived_at,
+        prompt_tokens=prompt_tokens,
+        output_tokens=[1] * len(arrived_at),
+        block_ids=[first + i for first, count in zip(first_ids, counts, strict=True) for i in range(count)],
+        block_counts=counts,
+        id_block_tokens=16,
+    )
+    pool = sim.Pool(
+        max_batch_size=8,
+        step_time=sim.LinearStepTime(base=0.01),
+        kv_cache=sim.KVCache(blocks=40, prefix_caching=True),
+    )
+    return sim.Cluster(pool=pool, router=sim.KVAwareRouter(event_latency=latency), load_generator=load).run()
+
+
+def test_a_router_that_is_told_at_once_expects_what_is_found():
+    run = served_one_by_one([0.0, 1.0, 2.0, 3.0], [512, 320, 512, 320], [0, 100, 0, 100], latency=0.0)
+    assert run.requests.expected_hit_tokens.values.tolist() == run.requests.hit_tokens.values.tolist()
+    assert run.requests.hit_tokens.values[2:].max() > 0
+    assert (run.requests.view_age == 0).all()
+    assert run.metrics.missed_hit_rate == 0
+    assert run.metrics.expected_hit_rate == run.metrics.prefix_hit_rate > 0
+
+
+def test_the_view_of_a_router_is_as_old_as_the_first_change_that_it_does_not_know():
+    # Each request's step changes the cache; 2.5 s later the router knows
+    run = served_one_by_one([float(i) for i in range(6)], [64] * 6, range(0, 600, 100), latency=2.5)
+    np.testing.assert_allclose(run.requests.view_age, [0, 1, 2, 2, 2, 2])
+    np.testing.assert_allclose(run.metrics.view_age, 9 / 6)
+
+
+def test_blocks_that_went_without_the_router_knowing_are_missed():
+    run = served_one_by_one([0.0, 6.0, 8.0], [512, 624, 512], [0, 100, 0], latency=5.0)
+    expected, found = (run.requests[name].values for name in ("expected_hit_tokens", "hit_tokens"))
+    assert expected.tolist() == [0, 0, 31 * 16]  # the last block is always computed
+    assert found[2] < 31 * 16
+    np.testing.assert_allclose(run.metrics.missed_hit_rate, (31 * 16 - found[2]) / (512 + 624 + 512))
+
+
+def test_only_routers_that_go_by_caches_have_a_view_of_them():
+    pool = sim.Pool(
+        workers=2, step_time=sim.LinearStepTime(base=0.01), kv_cache=sim.KVCache(blocks=400, prefix_caching=True)
+    )
+    load = sim.PoissonLoadGenerator(
+        request_rate=20, requests=100, prompt_tokens=50, output_tokens=5, prefix=sim.SharedPrefix(tokens=160, groups=4)
+    )
+    cluster = sim.Cluster(pool=pool, load_generator=load)
+    routers = [sim.RoundRobinRouter(), sim.KVAwareRouter(event_latency=0.2), sim.OverlapRouter()]
+    ds = sim.sweep(cluster, router=routers, seed=range(2), progress=False)
+    for name in ("expected_hit_rate", "missed_hit_rate", "view_age"):
+        assert ds[name].isel(router=0).isnull().all()
+        assert (ds[name].isel(router=slice(1, 3)) >= 0).all()
+    assert (ds.view_age.isel(router=1) > ds.view_age.isel(router=2)).all()
+    assert "view_age" not in cluster.run().metrics

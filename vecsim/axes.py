@@ -20,6 +20,7 @@ from vecsim.variables import (
     TICK_VARIABLES,
     TOKEN_REQUEST_VARIABLES,
     TOKEN_VARIABLES,
+    VIEW_VARIABLES,
 )
 
 # Names that results use: an axis over a field of such a name is a dimension under its full path.
@@ -34,6 +35,7 @@ TAKEN = {
             CLASS_VARIABLES,
             APART_VARIABLES,
             CHANGING_VARIABLES,
+            VIEW_VARIABLES,
             TOKEN_REQUEST_VARIABLES,
             FLEET_REQUEST_VARIABLES,
             APART_REQUEST_VARIABLES,

@@ -18,6 +18,7 @@ from vecsim.variables import (
     TIER_VARIABLES,
     TOKEN_REQUEST_VARIABLES,
     TOKEN_STEP_VARIABLES,
+    VIEW_VARIABLES,
     Variable,
     metric_variables,
     stat_labels,
@@ -38,11 +39,13 @@ def metrics_dataset(
     apart: bool = False,
     changing: bool = False,
     tiered: bool = False,
+    viewing: bool = False,
 ) -> "xr.Dataset":
     """A Dataset of all output variables over the dimensions in `sizes` (and `stat`, and `class` if there are any).
 
     `apart` is whether it is of fleets that keep prefill apart: then there is `part` too; `changing` whether workers of
-    any fleet come and go, `tiered` whether any worker has tiers below its cache.
+    any fleet come and go, `tiered` whether any worker has tiers below its cache, `viewing` whether any router goes by
+    what is cached.
     """
     import xarray as xr
 
@@ -76,7 +79,11 @@ def metrics_dataset(
         at += len(PARTS)
         variables[parts.name] = describe(parts, (*dims, "part"), values)
         coords["part"] = ("part", np.array(PARTS))
-    more = (*(TIER_VARIABLES if tiered else ()), *(CHANGING_VARIABLES if changing else ()))
+    more = (
+        *(VIEW_VARIABLES if viewing else ()),
+        *(TIER_VARIABLES if tiered else ()),
+        *(CHANGING_VARIABLES if changing else ()),
+    )
     if more:
         for i, variable in enumerate(more):
             variables[variable.name] = describe(variable, dims, metrics[:, at + i].reshape(shape))

@@ -40,6 +40,7 @@ from vecsim.variables import (
     FLEET_STEP_VARIABLES,
     STEP_VARIABLES,
     TOKEN_STEP_VARIABLES,
+    VIEW_REQUEST_VARIABLES,
     stat_labels,
 )
 
@@ -69,10 +70,11 @@ class Run:
     `prefill_tokens`, `kv_blocks` and `running` too. `ttft_parts` has what the time to first token is made of.
 
     Of fleets requests and steps have their `worker`, and there are `workers` and `workers_over_time`; a `slot` is that
-    worker's. Where prefill is kept apart requests have the way they went (`prefill_worker`, `remote`, `reserved_at`,
-    `prefilled_at`, `transfer_began_at`, `transfer_time`, `hop_time` and more), and there are `transfer_parts` and
-    `links`. Where the workers' caches have lower tiers requests have `host_hit_tokens`, `disk_hit_tokens` and
-    `onboarding_time`, and there is `tiers`.
+    worker's. Where the router of a `Cluster` goes by what workers have cached they have the `expected_hit_tokens` that
+    it counted on, and the `view_age` of what it knew. Where prefill is kept apart requests have the way they went
+    (`prefill_worker`, `remote`, `reserved_at`, `prefilled_at`, `transfer_began_at`, `transfer_time`, `hop_time` and
+    more), and there are `transfer_parts` and `links`. Where the workers' caches have lower tiers requests have
+    `host_hit_tokens`, `disk_hit_tokens` and `onboarding_time`, and there is `tiers`.
     """
 
     def __init__(
@@ -96,9 +98,9 @@ class Run:
         classes = tuple(kind.name for kind in self.engine.load_generator.classes) if token else ()
         metrics, apart = self._single.metrics[np.newaxis], isinstance(self.engine, DisaggregatedEngine)
         changing = isinstance(self.engine, Fleet) and self.engine.changes
-        tiered = self._single.rise is not None
+        tiered, viewing = self._single.rise is not None, self._single.views is not None
         return metrics_dataset(
-            metrics, {}, {}, self._quantiles, attrs, token, classes, apart, changing, tiered
+            metrics, {}, {}, self._quantiles, attrs, token, classes, apart, changing, tiered, viewing
         )  # fmt: skip
 
     @functools.cached_property
@@ -123,6 +125,11 @@ class Run:
         if (lives := self._single.lives) is not None:
             for variable in LIFE_VARIABLES:
                 variables[variable.name] = describe(variable, ("request",), getattr(lives, variable.name))
+        if (views := self._single.views) is not None:
+            assert isinstance(self.engine, Fleet)
+            values = views.expected_blocks * self.engine.cached_block_size, views.view_age
+            for variable, array in zip(VIEW_REQUEST_VARIABLES, values, strict=True):
+                variables[variable.name] = describe(variable, ("request",), array)
         if (rise := self._single.rise) is not None:
             assert isinstance(self.engine, Fleet)
             brought = rise_values(rise, self.engine.cached_block_size)
@@ -432,6 +439,15 @@ class Run:
             ("Slot utilization", share("utilization")),
             ("Batch size", f"{float(metrics.batch_size):.1f} requests, {float(metrics.step_tokens):.1f} tokens a step"),
         ]
+        if isinstance(self.engine, Fleet) and self.engine.changes:
+            counts = {
+                name: f"{int(metrics[name]):,}"
+                for name in ("failed", "migrations", "retries", "scale_ups", "scale_downs", "crashes")
+            }
+            moved = f"{counts['failed']}; migrations {counts['migrations']}, retries {counts['retries']}"
+            workers = f"{counts['scale_ups']} added, {counts['scale_downs']} removed, {counts['crashes']} crashed"
+            rows.insert(3, ("Failed requests", moved))
+            rows.append(("Workers", f"{workers}; {float(metrics.gpu_hours):.3f} GPU-hours"))
         if has_slo(metrics):
             kept = f"{float(metrics.goodput):.3f} (SLO attainment {share('slo_attainment')})"
             rows.insert(2, ("Goodput [requests/s]", kept))
@@ -439,7 +455,8 @@ class Run:
             rows.append(("KV memory", f"{share('kv_use')} in use, peak {share('kv_peak')}"))
             rows.append(("Preemptions", f"{int(metrics.preemptions)}"))
         if self.engine.caches_prefixes:
-            rows.append(("Prefix hit rate", share("prefix_hit_rate")))
+            counted_on = f" (the router counted on {share('expected_hit_rate')})" if self._single.views else ""
+            rows.append(("Prefix hit rate", share("prefix_hit_rate") + counted_on))
         return rows
 
     def _latencies(self) -> tuple[list[str], list[tuple[str, list[str]]]]:

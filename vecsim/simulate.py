@@ -30,8 +30,10 @@ from vecsim.scenarios import BLOCK_BYTES, Block, Table, blocks, requests_needed,
 from vecsim.streams import draw_streams
 from vecsim.threads import INLINE, Workers, available_threads
 from vecsim.token_simulate import (
+    Views,
     check_token_memory,
     comes_and_goes,
+    goes_by_caches,
     keeps_apart,
     keeps_tiers,
     run_token_block,
@@ -109,6 +111,7 @@ class Single(NamedTuple):
     path: Path | None = None  # of a fleet that keeps prefill apart
     lives: Lives | None = None  # of a fleet whose workers come and go
     rise: Rise | None = None  # of a fleet whose workers have tiers below their caches
+    views: Views | None = None  # of a cluster whose router goes by what workers have cached
 
 
 class Measured(NamedTuple):
@@ -124,7 +127,8 @@ class Measured(NamedTuple):
         apart = table.token is not None and keeps_apart(table.token.fleets)
         changing = table.token is not None and comes_and_goes(table.token.fleets)
         tiered = table.token is not None and keeps_tiers(table.token.groups)
-        return row_width(table.token is not None, self.quantiles.size, classes, apart, changing, tiered)
+        viewing = table.token is not None and goes_by_caches(table.token)
+        return row_width(table.token is not None, self.quantiles.size, classes, apart, changing, tiered, viewing)
 
 
 def simulate(
@@ -195,7 +199,7 @@ def _simulate_one_token(table: Table, measured: Measured, workers: Workers) -> S
         if status[0] == DONE and run is not None:
             kept = run.requests
             record = TokenRecord(*(array[:, :kept] for array in results.record))
-            return Single(results.metrics[0], record, None, None, run.steps, run.path, run.lives, run.rise)
+            return Single(results.metrics[0], record, None, None, run.steps, run.path, run.lives, run.rise, run.views)
         if status[0] == OUT_OF_STEPS:
             steps *= 4
         else:

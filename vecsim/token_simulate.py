@@ -34,11 +34,19 @@ from vecsim.scenarios import BLOCK_BYTES, Block, Table, requests_needed, same_ru
 from vecsim.series import total_over_time
 from vecsim.streams import draw_streams, values_of
 from vecsim.threads import INLINE, Workers
+from vecsim.token_scenarios import TokenTables
 from vecsim.variables import CHANGING_VARIABLES
 
 BYTES_PER_REQUEST = 240  # of a thread's room
 LOGGED = 1 << 12  # events of workers' lives that there is room for
 FEW_STEPS = 1 << 14  # that there is room for where the queue is kept; more if they are too few
+
+
+class Views(NamedTuple):
+    """What a router that goes by caches knew when it last chose a worker for each request [request]."""
+
+    expected_blocks: Array  # of the prompt, that it counted on
+    view_age: Array  # seconds
 
 
 class TokenRun(NamedTuple):
@@ -49,6 +57,7 @@ class TokenRun(NamedTuple):
     path: Path | None  # of a fleet that keeps prefill apart
     lives: Lives | None  # of a fleet whose workers come and go
     rise: Rise | None  # of a fleet whose workers have tiers below their caches
+    views: Views | None  # of a cluster whose router goes by what workers have cached
 
 
 def run_token_block(
@@ -137,7 +146,8 @@ def run_token_block(
                 path = path_of(fleet, came) if room.moves else None
                 lives = lives_of(own.room[3], came) if room.changes else None
                 rise = rise_of(own.room[4], fleet, came) if room.tiered else None
-                latest["run"] = TokenRun(kept, made, path, lives, rise)
+                views = Views(fleet.expected[:requests][came], fleet.view_age[:requests][came]) if room.views else None
+                latest["run"] = TokenRun(kept, made, path, lives, rise, views)
             if keeps_queue:
                 results.queue[row] = queue_at(measured.instants, made)
 
@@ -171,6 +181,15 @@ def keeps_tiers(groups: Any) -> bool:
     from vecsim.kernel.token_scenarios import CAPACITY
 
     return any(numbers[CAPACITY] > 0 for numbers in groups)
+
+
+def goes_by_caches(shared: TokenTables) -> bool:
+    """Whether there are clusters, and the router of any goes by what workers have cached."""
+    from vecsim.kernel.token_scenarios import FIELDS, ROUTER, ROUTER_FIELDS
+
+    credit, caching = ROUTER + ROUTER_FIELDS.index("credit"), FIELDS.index("caching")
+    looks = any(numbers[credit] != 0 for numbers in shared.fleets) and not keeps_apart(shared.fleets)
+    return looks and any(numbers[caching] != 0 for numbers in shared.groups)
 
 
 def room_for_steps(steps: int) -> StepRecord:
@@ -277,6 +296,7 @@ class Room:
         self.counts_changes = comes_and_goes(table.token.fleets)  # in other blocks too
         self.tiered = keeps_tiers(streams.groups)
         self.most_batches = int(streams.groups[:, IN_FLIGHT].max(initial=0))
+        self.views = goes_by_caches(table.token)
         self.logged = LOGGED if self.changes else 0
         merging = fleets[:, TRANSFER + Transfer._fields.index("merges")] != 0
         most = streams.groups[:, FIELDS.index("blocks")].max(initial=0)
@@ -419,7 +439,7 @@ class Room:
         from vecsim.kernel.parts import MEANS
         from vecsim.kernel.placed import PLACE_WORDS
         from vecsim.kernel.places import CHAIN_ROWS, SIDES
-        from vecsim.kernel.routing import SURVEY_ROWS
+        from vecsim.kernel.routing import SURVEY_ROWS, VIEWS
         from vecsim.kernel.runs import allocator_for
         from vecsim.kernel.seen import places
         from vecsim.kernel.world import BETWEEN
@@ -493,6 +513,8 @@ class Room:
             node_of=whole(workers, self.ids if self.caching else 0),
             seen=np.zeros((workers, places(self.ids, self.tiered) if self.looks_inside or self.tiered else 0)),
             parts=np.zeros(MEANS if self.moves else 0),
+            view_age=np.zeros(n if self.views else 0),
+            views=np.zeros(VIEWS if self.views else 0),
         )
 
     def make_tiers(self) -> Tiers:

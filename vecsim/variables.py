@@ -138,7 +138,7 @@ TOKEN_VARIABLES = (
         "slo_attainment",
         "SLO attainment",
         "1",
-        "requests that kept to all their limits, of those that were completed or refused",
+        "requests that kept to all their limits, of those that were completed, refused or failed",
     ),
     Variable("final_queue", "final queue size", "requests", "queue size at the end", whole=True),
     Variable(
@@ -166,7 +166,10 @@ TOKEN_VARIABLES = (
 CLASS_VARIABLES = (
     Variable("class_goodput", "goodput by class", "requests/s", "goodput of each class"),
     Variable(
-        "class_slo_attainment", "SLO attainment by class", "1", "of the completed and refused requests of each class"
+        "class_slo_attainment",
+        "SLO attainment by class",
+        "1",
+        "of the completed, refused and failed requests of each class",
     ),
     Variable("class_completed", "requests completed by class", "requests", "of each class", whole=True),
 )
@@ -205,6 +208,31 @@ CHANGING_VARIABLES = (
     ),
 )
 
+# Of clusters whose router goes by what workers have cached, in the order of `vecsim.kernel.routing`
+VIEW_VARIABLES = (
+    Variable(
+        "expected_hit_rate",
+        "expected hit rate",
+        "1",
+        "prompt tokens that the router counted on as cached, of all prompt tokens of requests that started and never "
+        "migrated",
+    ),
+    Variable(
+        "missed_hit_rate",
+        "missed hit rate",
+        "1",
+        "prompt tokens that the router counted on and that were not found when the request was first admitted, of the "
+        "same prompt tokens",
+    ),
+    Variable(
+        "view_age",
+        "age of the router's view",
+        SECONDS,
+        "mean over requests, when they were last routed, of the time since the first step began whose changes to the "
+        "worker's cache the router did not know; 0 where it knew all",
+    ),
+)
+
 # Of fleets whose workers have tiers below their caches, in the order of `vecsim.kernel.tiers`
 TIER_VARIABLES = (
     Variable(
@@ -219,6 +247,19 @@ TIER_VARIABLES = (
         "time to bring blocks up",
         SECONDS,
         "mean time that the blocks of a request took to come from lower tiers, of requests that had such",
+    ),
+)
+
+VIEW_REQUEST_VARIABLES = (
+    Variable(
+        "expected_hit_tokens",
+        "expected cached tokens",
+        "tokens",
+        "that the router counted on at its worker",
+        whole=True,
+    ),
+    Variable(
+        "view_age", "age of the router's view", SECONDS, "how long the router had not known of its worker's cache"
     ),
 )
 
@@ -275,14 +316,24 @@ def metric_variables(token: bool) -> tuple[Variable, ...]:
 
 
 def row_width(
-    token: bool, quantiles: int, classes: int = 0, apart: bool = False, changing: bool = False, tiered: bool = False
+    token: bool,
+    quantiles: int,
+    classes: int = 0,
+    apart: bool = False,
+    changing: bool = False,
+    tiered: bool = False,
+    viewing: bool = False,
 ) -> int:
-    """Numbers in a row of metrics; whether prefill is kept apart, workers come and go, and caches have tiers."""
+    """Numbers in a row of metrics.
+
+    Whether prefill is kept apart, workers come and go, caches have tiers, and routers go by what is cached.
+    """
     variables = metric_variables(token)
     stats = sum(variable.over_stat for variable in variables)
     more = len(APART_VARIABLES) - 1 + len(PARTS) if apart else 0
     more += len(CHANGING_VARIABLES) if changing else 0
     more += len(TIER_VARIABLES) if tiered else 0
+    more += len(VIEW_VARIABLES) if viewing else 0
     return stats * (quantiles + 2) + len(variables) - stats + len(CLASS_VARIABLES) * classes + more
 
 

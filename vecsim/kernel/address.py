@@ -171,7 +171,7 @@ WORLD = Placed(
                     NUMBERS,
                 ),
                 **dict.fromkeys(("counts", "late", "put"), NUMBER_ROWS),
-                **dict.fromkeys(("clock", "moved", "left", "bandwidths", "parts"), FLOATS),
+                **dict.fromkeys(("clock", "moved", "left", "bandwidths", "parts", "view_age", "views"), FLOATS),
                 **dict.fromkeys(("loads", "instants", "times", "sums", "joined_at", "seen", "survey"), FLOAT_ROWS),
                 **dict.fromkeys(("fits", "away", "own_blocks"), BYTES),
                 **dict.fromkeys(

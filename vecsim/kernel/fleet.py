@@ -16,6 +16,8 @@ from vecsim.kernel.address import call_live
 from vecsim.kernel.handover import (
     FLOW,
     NOTICE,
+    NOTICED_AT,
+    REMOTE,
     WAITS_FOR,
     all_flowed,
     arrive,
@@ -43,6 +45,7 @@ from vecsim.kernel.life import (
     DOOM,
     DOWNS,
     DOWNS_METRIC,
+    FAILED_AT,
     FAILED_METRIC,
     HOURS_METRIC,
     LIVE,
@@ -60,7 +63,7 @@ from vecsim.kernel.life import (
 )
 from vecsim.kernel.parts import write_parts
 from vecsim.kernel.places import reset_places
-from vecsim.kernel.routing import DECODES_AT, looks_inside
+from vecsim.kernel.routing import DECODES_AT, EXPECTED_RATE, MISSED_RATE, VIEW_AGE, looks_inside
 from vecsim.kernel.state import (
     COASTING,
     DONE,
@@ -80,7 +83,7 @@ from vecsim.kernel.token import (
     reset_requests,
     take_arrival,
 )
-from vecsim.kernel.token_scenarios import GROUP_GPUS, GROUP_WORKERS, policy_of
+from vecsim.kernel.token_scenarios import GROUP_GPUS, GROUP_WORKERS, memory_of, policy_of
 from vecsim.kernel.token_state import (
     BLOCK_SECONDS,
     DECODE,
@@ -93,14 +96,17 @@ from vecsim.kernel.token_state import (
     GAP_HIGH,
     GAP_LOW,
     GENERATED,
+    HIT,
     HORIZON,
     ISSUED,
     MEASURING,
     PREEMPTED,
     PREEMPTIONS,
+    PREFILL,
     QUEUED,
     REPORTED,
     SLOT_SECONDS,
+    STARTED_AT,
     STATE,
     STEP,
     UNSEEN,
@@ -187,8 +193,11 @@ def move_on(world, t):
 
 
 @bare
-def go_on(world, worker, kind, due, users_wait):
-    """Have a worker make steps from its boundary on, until something that comes at `due` may concern it."""
+def go_on(world, worker, kind, due, others_matter):
+    """Have a worker make steps from its boundary on, until something that comes at `due` may concern it.
+
+    `others_matter` is whether what happens at the boundaries of others may send it requests.
+    """
     fleet = world.fleet
     w = unsigned(worker)
     until = min(due, world.time_limit)
@@ -211,7 +220,7 @@ def go_on(world, worker, kind, due, users_wait):
         horizon = min(horizon, world.warmup)
     inside = tiered or looks_inside(world.router) or looks_inside(world.prefill_router)
     fleet.sums[w, HORIZON] = 0.0 if inside else horizon
-    if users_wait or world.split.prefill_workers > 0 or world.control.changes:
+    if others_matter:
         tree.put(fleet.clock, worker, np.inf)
         until = min(until, fleet.clock[1])
     if fleet.waiting[unsigned(2 * worker)] >= 0:  # step by step: each may free blocks
@@ -245,6 +254,15 @@ def go_on(world, worker, kind, due, users_wait):
         retry(world, worker, fleet.sums[w, END_TIME])  # a preemption may have freed blocks, and no step follows
 
 
+@bare
+def dooms(world):
+    """Whether a worker crashes at the end of its step, which sends its requests to others then. O(workers)."""
+    for worker in range(world.fleet.group.size):
+        if world.life.whole[DOOM, unsigned(worker)] != 0:
+            return True
+    return False
+
+
 @bare_entry
 def simulate_fleet(world):
     """Run one scenario of a fleet, a `World`; returns the status.
@@ -256,6 +274,7 @@ def simulate_fleet(world):
     apart = split.prefill_workers > 0
     users_wait = load.closed or load.follower.size > 0
     changes, tiered, sent = world.control.changes, world.tiers.on, is_sent(world)
+    doomed = False
     tiers_due = np.inf
     life_due = np.inf
     reset(world)
@@ -318,7 +337,9 @@ def simulate_fleet(world):
                     feed(world, t)
                 if fleet.waiting[unsigned(2 * worker)] >= 0:
                     make_room(world, worker, t)
-                go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait)
+                go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait or apart or doomed)
+        if doomed or life_due == t:
+            doomed = dooms(world)
         if not issued:
             between[TROUBLE] = OUT_OF_REQUESTS
         if users_wait:
@@ -338,6 +359,18 @@ def simulate_fleet(world):
     return status
 
 
+@inlined
+def waits_for_decode(world, request):
+    """Whether a request that was prefilled elsewhere waits at its decode worker at the end; `join` has been."""
+    fleet, r = world.fleet, unsigned(request)
+    return (
+        fleet.way[REMOTE, r] == 1
+        and world.work.own[STATE, r] == PREFILL
+        and not np.isnan(fleet.instants[NOTICED_AT, r])
+        and np.isnan(fleet.times[STARTED_AT, r])
+    )
+
+
 @bare
 def gather(world, status):
     """Make the numbers of all workers those of one engine."""
@@ -345,19 +378,27 @@ def gather(world, status):
     counts, sums, own = work.counts, work.sums, work.own
     for worker in range(fleet.group.size):
         add_up(world, worker)
+    apart = world.split.prefill_workers > 0
     for request in range(world.load.prompt_tokens.size):
         r = unsigned(request)
         if own[STATE, r] == DECODE:  # as `generated` will have it of one engine that has not made a step
             own[GENERATED, r] -= fleet.counts[unsigned(fleet.way[DECODES_AT, r]), STEP]
         if world.control.changes:
             own[PREEMPTIONS, r] -= world.life.fate[CUT_SHORT, r]
+            if own[STATE, r] == FAILED:  # perhaps after the last step of all
+                sums[END_TIME] = max(sums[END_TIME], world.life.rings[FAILED_AT, r])
             if own[STATE, r] == UNSEEN and world.life.fate[CAME_HERE, r] != 0:  # on its way to a worker
                 own[STATE, r] = QUEUED
-    if world.tiers.on or world.control.changes:  # those that are on their way, or wait for blocks, are in no queue
-        counts[WAITING] = counts[ENQUEUED] = 0
+    if apart or world.tiers.on or world.control.changes:  # some are in no worker's queue, or in that of two
+        counts[WAITING] = 0
         for request in range(world.load.prompt_tokens.size):
-            counts[WAITING] += own[STATE, unsigned(request)] == QUEUED
+            counts[WAITING] += own[STATE, unsigned(request)] == QUEUED or (apart and waits_for_decode(world, request))
+    if world.tiers.on or world.control.changes:
+        counts[ENQUEUED] = 0
+        for request in range(world.load.prompt_tokens.size):
             counts[ENQUEUED] += own[STATE, unsigned(request)] != UNSEEN
+    if fleet.views.size > 0:
+        write_views(world)
     if status == DONE and time_limit < np.inf:
         sums[END_TIME] = max(sums[END_TIME], time_limit)
     if world.control.changes:
@@ -368,6 +409,35 @@ def gather(world, status):
             p = world.groups[unsigned(group)]
             spent = max(sums[END_TIME] - world.warmup, 0.0)
             world.life.metrics[HOURS_METRIC] += p[GROUP_WORKERS] * p[GROUP_GPUS] * spent / 3600.0
+
+
+@bare
+def write_views(world):
+    """Tell how what a router took to be cached differed from what was found, over measured requests. O(requests)."""
+    fleet, load, work = world.fleet, world.load, world.work
+    fleet.views[:] = np.nan
+    if world.router.credit == 0.0:
+        return
+    known = expected = missed = routed = whole(0)
+    age = 0.0
+    for request in range(load.prompt_tokens.size):
+        r = unsigned(request)
+        worker = whole(fleet.way[DECODES_AT, r])
+        if worker < 0 or work.own[STATE, r] == UNSEEN or load.arrived_at[r] < world.warmup:
+            continue
+        routed += 1
+        age += fleet.view_age[r]
+        moved = world.control.changes and world.life.fate[MIGRATIONS, r] > 0
+        if moved or np.isnan(work.times[STARTED_AT, r]):
+            continue
+        tokens = whole(fleet.expected[r]) * memory_of(world.groups[kind_of(world, worker)]).block_size
+        known += load.prompt_tokens[r]
+        expected += tokens
+        missed += max(tokens - work.own[HIT, r], 0)
+    if known > 0:
+        fleet.views[EXPECTED_RATE], fleet.views[MISSED_RATE] = expected / known, missed / known
+    if routed > 0:
+        fleet.views[VIEW_AGE] = age / routed
 
 
 @bare

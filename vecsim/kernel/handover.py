@@ -71,7 +71,6 @@ from vecsim.kernel.token_state import (
     STARTED_AT,
     STATE,
     UNSEEN,
-    WAITING,
     blocks_for,
     blocks_with_ids,
     full_blocks,
@@ -1039,7 +1038,6 @@ def join(world):
             own[GENERATED, r] = 0 if np.isnan(times[FIRST_AT, r]) else 1
             if np.isnan(times[STARTED_AT, r]):
                 own[STATE, r] = QUEUED
-                world.work.counts[WAITING] += 1
             else:
                 own[STATE, r] = PREFILL
         elif own[STATE, r] == QUEUED and own[PREEMPTIONS, r] == 0:

@@ -41,6 +41,10 @@ PREFILLS_AT, DECODES_AT = range(2)
 ) = range(11)  # fmt: skip
 
 
+# Places in `fleet.views`, in the order of `vecsim.variables.VIEW_VARIABLES`
+EXPECTED_RATE, MISSED_RATE, VIEW_AGE, VIEWS = range(4)
+
+
 @bare
 def scrambled(seed, number):
     """64 bits for a number (SplitMix64: Steele, Lea, Flood, 2014)."""
@@ -151,6 +155,8 @@ def route(world, router, request, able, t):
         blocks = survey(world, router, request, t)
         worker = choose_own(world, router, request, blocks, t) if code == OWN else choose(world, router, blocks, draw)
         fleet.expected[unsigned(request)] = whole(fleet.survey[FOUND_BLOCKS, unsigned(worker)])
+        if fleet.view_age.size > 0:
+            fleet.view_age[unsigned(request)] = age_of_view(world, router, worker, t)
         return worker
     best = whole(-1)
     least = np.inf
@@ -158,6 +164,14 @@ def route(world, router, request, able, t):
         if could_hold(fleet, worker) and load_of(fleet, router, worker) < least:
             best, least = worker, load_of(fleet, router, worker)
     return best
+
+
+@bare
+def age_of_view(world, router, worker, t):
+    """How long ago the first step began of whose changes to a worker's cache a router doesn't know; 0: it knows all."""
+    if router.credit == 0.0 or not memory_of(world.groups[unsigned(world.fleet.group[unsigned(worker)])]).caching:
+        return 0.0
+    return max(t - seen.known_until(world.fleet.seen[unsigned(worker)], t - router.latency), 0.0)
 
 
 @bare
@@ -178,7 +192,7 @@ def survey(world, router, request, t):
     """Find out how a router's workers are, into `fleet.survey`; returns the blocks of the prompt."""
     fleet, load, cache = world.fleet, world.load, world.cache
     prompt = whole(load.prompt_tokens[unsigned(request)])
-    overlap = router.credit != 0.0
+    credited = router.credit != 0.0
     incoming = whole(0)
     for worker in range(router.first, router.first + router.number):
         w = unsigned(worker)
@@ -186,6 +200,7 @@ def survey(world, router, request, t):
         incoming = blocks_for(prompt, memory.block_size, memory.shift)
         hit = most = whole(0)
         lower = 0.0
+        overlap = credited and (could_hold(fleet, worker) or router.code == OWN)  # whose rule is told of all
         if overlap and memory.caching:
             shared, _ = blocks_with_ids(cache, memory, request)
             most = min(shared, full_blocks(prompt - 1, memory.block_size, memory.shift))

@@ -543,6 +543,8 @@ class Fleet(NamedTuple):
     node_of: Array  # [worker, id]
     seen: Array  # [worker, ...] of no length where no router looks
     parts: Array  # as in `vecsim.kernel.parts`; of no length where prefill isn't apart
+    view_age: Array  # [request] seconds; this and the next of no length where no router goes by what is cached
+    views: Array  # means over requests, as in `vecsim.kernel.routing`
 
 
 class PlannerView(NamedTuple):

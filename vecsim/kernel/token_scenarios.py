@@ -567,7 +567,7 @@ def room_of(fleet, groups, workers):
         fleet.owned, fleet.own_blocks, fleet.links, fleet.bandwidths[: workers + 1], fleet.unmeasured, fleet.counts,
         fleet.sums, fleet.first, fleet.unclip, fleet.residues, fleet.prefills, fleet.chunk_of, fleet.chunk_tokens,
         fleet.stack, fleet.ended, fleet.joined, fleet.joined_at, fleet.newcomers, fleet.late, fleet.starving,
-        fleet.nodes, fleet.node_of, fleet.seen, fleet.parts,
+        fleet.nodes, fleet.node_of, fleet.seen, fleet.parts, fleet.view_age, fleet.views,
     )  # fmt: skip
 
 
@@ -696,11 +696,11 @@ def run_token_scenarios(
             continue
         job.enqueued[row] = work.counts[token_state.ENQUEUED]
         tally(p, policy, memory, load, work, scratch, streams.classes, job.warmup, n, job.quantiles, job.metrics[row])
-        last_ones = job.metrics.shape[1] - job.fleet.parts.size - job.tiers.means.size - job.life.metrics.size
-        for i in range(job.fleet.parts.size):
-            job.metrics[row, last_ones + i] = job.fleet.parts[i]
-        for i in range(job.tiers.means.size):
-            job.metrics[row, last_ones + job.fleet.parts.size + i] = job.tiers.means[i]
+        at = job.metrics.shape[1] - job.life.metrics.size
+        for means in (job.tiers.means, job.fleet.views, job.fleet.parts):  # the last comes first
+            at -= means.size
+            for i in range(means.size):
+                job.metrics[row, at + i] = means[i]
         if job.life.metrics.size > 0:
             write_changes(job, row)
     return status, n

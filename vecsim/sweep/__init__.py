@@ -14,7 +14,7 @@ from vecsim.gather import axis_coords, base_attrs, metrics_dataset, queue_variab
 from vecsim.measure import check_quantiles, check_times
 from vecsim.scenarios import lower
 from vecsim.simulate import Measured, simulate
-from vecsim.token_simulate import comes_and_goes, keeps_tiers
+from vecsim.token_simulate import comes_and_goes, goes_by_caches, keeps_tiers
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -102,8 +102,9 @@ def sweep(
     tiered = table.token is not None and keeps_tiers(table.token.groups)
     coords = axis_coords(planned)
     changing = table.token is not None and comes_and_goes(table.token.fleets)
+    viewing = table.token is not None and goes_by_caches(table.token)
     dataset = metrics_dataset(
-        results.metrics, planned.sizes, coords, wanted, attrs, token, classes, apart, changing, tiered
+        results.metrics, planned.sizes, coords, wanted, attrs, token, classes, apart, changing, tiered, viewing
     )  # fmt: skip
     dims, shape = tuple(planned.sizes), tuple(planned.sizes.values())
     if keep == "requests":
@@ -123,7 +124,7 @@ def progress_bar(total: int, shown: bool, kernel: str) -> Any:
     from vecsim.kernel.jit import is_compiled
 
     if not is_compiled(kernel):
-        spent = {"simulate_fleet": "up to a minute", "run_token_scenarios": "some 50 s"}.get(kernel, "some 20 s")
+        spent = {"simulate_fleet": "some two minutes", "run_token_scenarios": "some 50 s"}.get(kernel, "some 20 s")
         print(f"compiling the kernels: this once, {spent}", file=sys.stderr, flush=True)
     if "ipykernel" in sys.modules:
         from tqdm.auto import tqdm

@@ -185,6 +185,9 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     else:
         heads += ["stable", *(["SLO attainment"] if slo else []), f"{tail} TTFT"]
 
+    changing = {"failed": ",.0f", "crashes": ",.0f", "gpu_hours": ".3g"} if "gpu_hours" in dataset else {}
+    heads += [name if name != "gpu_hours" else "GPU-hours" for name in changing]
+
     names = {dim: texts(dataset, dim) for dim in dims}
     rows = []
     combinations = itertools.product(*(range(dataset.sizes[dim]) for dim in dims))
@@ -204,6 +207,9 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
             row += ["yes" if bool(holds.isel(at)) else "no"]
             row += [f"{100 * float(attainment.isel(at)):.1f} %"] if slo else []
             row.append(_number(ttft.isel(at)))
+        for name, digits in changing.items():
+            values = median(dataset[name]).isel(at)
+            row.append(f"{float(values if load is None else values[chosen]):{digits}}")
         rows.append(row)
     lines = aligned([heads, *rows], len(dims))
     lines += more_rows(dataset, dims)
@@ -211,9 +217,8 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     medians = f"medians over {seeds} seeds; " if seeds > 1 else ""
     criterion = STABLE_TOKEN if is_token(dataset) else STABLE
     if slo:
-        criterion += (
-            f"; {100 * ATTAINED:.0f} % SLO: so many of the requests that were completed or refused kept to their limits"
-        )
+        judged = "completed, refused or failed" if changing else "completed or refused"
+        criterion += f"; {100 * ATTAINED:.0f} % SLO: so many of the requests that were {judged} kept to their limits"
     lines += textwrap.wrap(f"({medians}stable: {criterion})", WIDTH)
     return "\n".join(lines)
 
