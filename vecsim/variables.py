@@ -138,7 +138,7 @@ TOKEN_VARIABLES = (
         "slo_attainment",
         "SLO attainment",
         "1",
-        "requests that kept to all their limits, of those that were completed or refused",
+        "requests that kept to all their limits, of those that were completed, refused or failed",
     ),
     Variable("final_queue", "final queue size", "requests", "queue size at the end", whole=True),
     Variable(
