@@ -235,7 +235,8 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
     medians = f"medians over {seeds} seeds; " if seeds > 1 else ""
     criterion = STABLE_TOKEN if is_token(dataset) else STABLE
     if slo:
-        criterion += f"; {100 * ATTAINED:.0f} % SLO: so many of the requests that were completed, refused or failed kept to their limits"
+        criterion += f"; {100 * ATTAINED:.0f} % SLO: so many of the requests that ended (completed, refused or failed) "
+        criterion += "kept to their limits"
     lines += textwrap.wrap(f"({medians}stable: {criterion})", WIDTH)
     return "\n".join(lines)
 
