@@ -8,6 +8,8 @@ import pytest
 from scipy import linalg, stats
 
 import vecsim as sim
+from vecsim.plot.runs import queue_over_time
+from vecsim.plot.tokens import mean_over_time, memory_in_use
 from vecsim.sweep.report import table
 
 STEP = sim.LinearStepTime(base=6e-3, per_request=6e-5, per_prefill_token=4e-5)
@@ -286,3 +288,29 @@ def test_fleets_that_cant_be():
         sim.Cluster(pool=ticks, load_generator=load, control_plane=sim.ControlPlane())
     with pytest.raises(ValueError, match="worker_events are there for fleets with scaling or a control_plane"):
         _ = cluster().run().worker_events
+
+
+def test_a_picture_shares_out_memory_among_the_workers_that_are_there_and_names_crashes():
+    fleet = cluster(
+        scaling=sim.Schedule(changes=((20.0, "decode", 1), (40.0, "decode", 4))),
+        control_plane=sim.ControlPlane(crashes=((50.0, 0),)),
+    )
+    run = fleet.run(60.0)
+    edges = np.linspace(0.0, float(run.metrics.end_time), 61)
+    held = mean_over_time(run, run.steps.kv_blocks.values, edges)
+    used = memory_in_use(run, edges)
+    blocks = fleet.pool.kv_cache.blocks
+    for workers, column in ((fleet.pool.workers, 10), (1, 35), (4, 45)):
+        np.testing.assert_allclose(used[column], 100 * held[column] / (workers * blocks))
+    legend = [text.get_text() for text in run.plot().legends[0].get_texts()]
+    assert {"starting", "crash"} <= set(legend)
+
+
+def test_a_crashed_worker_has_no_queue_in_a_picture():
+    full = sim.BatchLoadGenerator(initial_batch=400, prompt_tokens=500, output_tokens=200)
+    pool = msgspec.structs.replace(POOL, workers=1, start_up_time=20.0)
+    run = cluster(pool=pool, load_generator=full, control_plane=sim.ControlPlane(crashes=((3.0, 0),))).run(30.0)
+    time, queue = queue_over_time(run)
+    (crash,) = run.worker_events.time.values[run.worker_events.reason.values == "crash"]
+    assert queue[time < crash][-1] > 0
+    assert (queue[(time >= crash) & (time < crash + 20.0)] == 0).all()

@@ -84,6 +84,53 @@ def test_every_ready_made_spec_runs(tmp_path, name):
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.parametrize("name", ["autoscaling", "failures", "cache-tiers"])
+def test_specs_of_fleets_that_change_tell_what_they_ask_for_along_their_axis(tmp_path, name):
+    spec = read_spec(name)
+    along, keywords = spec.x, spec.keywords()
+    done = cli(tmp_path, name, "--time-limit", "20", "--warmup", "0", "--set", "seed=0,1", "-o", "a.nc")
+    assert done.returncode == 0, done.stderr
+    with xr.open_dataset(tmp_path / "a.nc") as ds:
+        assert {axis: ds.sizes[axis] for axis in keywords} == {
+            axis: len(v) for axis, v in (keywords | {"seed": (0, 1)}).items()
+        }
+        heads = [line for line in done.stdout.splitlines() if f", by {ds[along].attrs['long_name']}" in line]
+        assert len(heads) == len(spec.variables)
+        for head, variable in zip(heads, spec.variables, strict=True):
+            assert ds[variable].attrs["long_name"] in head
+    rows = [line.split() for line in done.stdout.splitlines()]
+    columns = [f"{value:g}" for value in keywords[along]]
+    assert sum(row[-len(columns) :] == columns for row in rows) == len(spec.variables)
+
+
+def test_what_the_table_and_the_picture_tell_is_an_option(tmp_path):
+    small = ["failures", "--time-limit", "20", "--set", "seed=0", "--set", "migration_limit=0"]
+    done = cli(tmp_path, *small, "--variables", "gpu_hours, ttft", "--x", "ttl", "--plot", "a.svg")
+    assert done.returncode == 0, done.stderr
+    assert "GPU-hours, by lease TTL [s]\n" in done.stdout
+    assert "p99 time to first token [s], by lease TTL [s]\n" in done.stdout
+    assert "SLO attainment" not in done.stdout
+    # An axis that is pinned can't be drawn along any more: then along another
+    done = cli(tmp_path, *small, "--set", "mtbf=1800", "-o", "a.nc")
+    assert "requests failed [requests], by lease TTL [s]\n" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variables", "gpu_hour"], "'gpu_hour'; did you mean gpu_hours"),
+        (["--variables", "host_hit_rate", "--time-limit", "1"], "variables must be among e2e, ttft"),
+        (["--x", "start_up"], "--x must be an axis, one of mtbf, migration_limit, ttl, seed, got 'start_up'"),
+        (["--short", "1", "--time-limit", "2"], "--variables and --x must be left out for queue growth"),
+    ],
+)
+def test_what_can_not_be_told_is_one_sentence_and_writes_nothing(tmp_path, arguments, message):
+    done = cli(tmp_path, "failures", "--set", "seed=0", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_lists_the_ready_made_specs_and_the_notation(tmp_path):
     done = command(tmp_path, "--help")
     assert done.returncode == 0
@@ -143,7 +190,7 @@ def test_a_spec_of_ones_own_has_lists_notation_and_zipped_axes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nosuch"], "no spec 'nosuch': neither a file nor one of batching, "),
+        (["nosuch"], "no spec 'nosuch': neither a file nor one of autoscaling, "),
         (["--set", "request_rte=1,2"], "unknown axis 'request_rte'; did you mean request_rate"),
         (["--set", "request_rate"], "--set takes NAME=VALUES, got 'request_rate'"),
         (["--set", "request_rate="], "--set takes NAME=VALUES, got 'request_rate='"),

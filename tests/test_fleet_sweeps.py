@@ -138,6 +138,16 @@ def test_a_pool_of_an_engine_has_its_fields():
     assert pool.engine(LOAD, engine.overheads, engine.slo) == engine
 
 
+def test_a_pool_of_an_engine_has_the_gpus_that_its_model_is_shared_out_among_and_what_else_is_given():
+    engine = sim.presets.fitted(model="qwen3-32b", tp=2, load_generator=LOAD)
+    assert sim.Pool.of(engine).gpus == 2
+    assert sim.Pool.of(sim.Engine(step_time=STEP, load_generator=LOAD)).gpus == 1
+    pool = sim.Pool.of(engine, 3, gpus=4, start_up_time=60, max_batch_size=8)
+    assert (pool.workers, pool.gpus, pool.start_up_time, pool.max_batch_size) == (3, 4, 60.0, 8)
+    with pytest.raises(TypeError, match="start_up"):
+        sim.Pool.of(engine, start_up=60)
+
+
 def test_dynamos_generations_are_declarations_that_can_be_written_by_hand():
     parts = {"prefill": POOL, "decode": POOL, "load_generator": LOAD, "transfer": TRANSFER}
     assert sim.presets.dynamo_gen1(**parts) == sim.DisaggregatedEngine(

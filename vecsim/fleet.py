@@ -89,7 +89,7 @@ class Pool(Declaration, frozen=True, kw_only=True):
         return math.log(self.start_up_time) - variance / 2, math.sqrt(variance)
 
     @classmethod
-    def of(cls, engine: Engine, workers: int = 1) -> Self:
+    def of(cls, engine: Engine, workers: int = 1, **fields: Any) -> Self:
         """Workers like an engine, whose load, overheads and SLO are for the fleet to declare.
 
         Parameters
@@ -97,6 +97,9 @@ class Pool(Declaration, frozen=True, kw_only=True):
         engine : Engine
         workers : int
             How many.
+        **fields
+            Others of the pool, such as `start_up_time`; `gpus` are those that the step time's model is shared out
+            among, unless given.
 
         Returns
         -------
@@ -105,12 +108,15 @@ class Pool(Declaration, frozen=True, kw_only=True):
         Raises
         ------
         ValueError
-            When it is no engine, or there is no worker.
+            When it is no engine, or a field has a wrong value.
+        TypeError
+            When a field is unknown.
         """
         if not isinstance(engine, Engine):
             raise ValueError(f"engine must be an Engine, got {shown(engine)}")
         own = {name: getattr(engine, name) for name in cls.__struct_fields__ if name in type(engine).__struct_fields__}
-        return cls(workers=workers, **own)
+        gpus = engine.step_time.tp if isinstance(engine.step_time, RooflineStepTime) else 1
+        return cls(**{"gpus": gpus, **own, "workers": workers, **fields})
 
     def engine(self, load_generator: AnyLoadGenerator, overheads: Overheads, slo: SLO | None) -> Engine:
         """One of the workers as an engine alone."""

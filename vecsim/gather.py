@@ -135,7 +135,7 @@ def axis_coords(plan: Plan) -> dict[str, Any]:
         field = axis.path.rpartition(".")[2]
         # `workers` alone would not tell of which pool
         named = field if axis.name == axis.path and field in TAKEN else axis.name
-        attrs = {"long_name": named.replace("_", " ").replace(".", " ")}
+        attrs = {"long_name": named.replace(field, FIELD_WORDS.get(field, field)).replace("_", " ").replace(".", " ")}
         if units := field_units(field, plan.engine.is_token):
             attrs["units"] = units
         if axis.is_component:
@@ -151,6 +151,14 @@ def field_units(field: str, token: bool) -> str:
     units = FIELD_UNITS.get(field, "")
     return units.replace("per tick", "per second").replace("ticks", "s") if token else units
 
+
+# Where a field's own name isn't what one calls it
+FIELD_WORDS = {
+    "start_up_time": "start-up time",
+    "mtbf": "mean time between failures",
+    "ttl": "lease TTL",
+    "scaling": "planner",
+}
 
 FIELD_UNITS = {
     "request_rate": "requests per tick",

@@ -315,6 +315,12 @@ def metric_variables(token: bool) -> tuple[Variable, ...]:
     return TOKEN_VARIABLES if token else TICK_VARIABLES
 
 
+def output_names(token: bool) -> list[str]:
+    """The names of all output variables of a clock, those of some engines alone among them."""
+    some = (CLASS_VARIABLES, APART_VARIABLES, CHANGING_VARIABLES, TIER_VARIABLES) if token else ()
+    return [variable.name for variables in (metric_variables(token), *some) for variable in variables]
+
+
 def row_width(
     token: bool,
     quantiles: int,

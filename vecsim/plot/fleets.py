@@ -30,6 +30,7 @@ Panel = tuple[str, list[Row]]
 MOST_LINES = 400
 TRANSFER = "#000000"
 STARTING = "#EAD7F0"
+CRASH = "#D55E00"
 
 # What is done has the colours of its phase; waits are grey, those for blocks purple
 COLOURS = ("#000000", "#CC79A7", "#777777", PREFILL, "#8C4A73", "#009E73", "#BBBBBB", DECODE, "#0072B2")
@@ -71,16 +72,21 @@ def draw_workers(axis: "Axes", run: "Run", workers: int, edges: Array) -> None:
 def draw_lives(axis: "Axes", run: "Run", image: Array, edges: Array) -> None:
     """Where workers are off nothing is drawn, where they start a light colour; a cross for each crash."""
     events = run.worker_events
-    time, worker, phase, reason = (events[name].values for name in ("time", "worker", "phase", "reason"))
+    time, worker, phase = (events[name].values for name in ("time", "worker", "phase"))
     middle = (edges[1:] + edges[:-1]) / 2
     for row in range(image.shape[0]):
         own = np.flatnonzero(worker == row)
         there = np.append("off", phase[own])[np.searchsorted(time[own], middle, "right")]
         image[row][np.isin(there, ["off", "dead"])] = 1.0
         image[row][there == "starting"] = to_rgb(STARTING)
-    crashed = np.isin(reason, ["crash", "outage"])
+    crashed = is_crash(run)
     if crashed.any():
-        axis.plot(time[crashed], worker[crashed], "x", color="#D55E00", markersize=6, markeredgewidth=1.5)
+        axis.plot(time[crashed], worker[crashed], "x", color=CRASH, markersize=6, markeredgewidth=1.5)
+
+
+def is_crash(run: "Run") -> Array:
+    """Which of a run's `worker_events` are crashes, or stops in an outage."""
+    return np.isin(run.worker_events.reason.values, ["crash", "outage"])
 
 
 def draw_transfers(axis: "Axes", run: "Run", workers: int) -> None:

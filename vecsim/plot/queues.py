@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vecsim.plot.style import COLOURS, DASHES, Picture, check_dataset, label
+from vecsim.plot.style import COLOURS, DASHES, Picture, check_dataset
 from vecsim.plot.sweeps import band_over_seeds, thin
-from vecsim.sweep.report import CRITERION, other_dims, texts
+from vecsim.sweep.report import CRITERION, label, other_dims, texts
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vecsim.axes import differing_fields
-from vecsim.fleet import Cluster, TickDisaggregatedEngine
+from vecsim.fleet import Cluster, Fleet, TickDisaggregatedEngine
 from vecsim.kernel.state import Array
 from vecsim.plot.style import (
     COLOURS,
@@ -363,9 +363,16 @@ def phase_image(times: Timeline, slots: int, end: float, rows: int, columns: int
 def queue_over_time(run: "Run") -> tuple[Array, Array]:
     """When the queue changes, and its size then; of a fleet those of all workers together."""
     time, queue = run.steps.time.values, run.steps.queue_size.values
-    if "worker" in run.steps:
-        return total_over_time(time, queue, run.steps.worker.values)
-    return time, queue
+    if "worker" not in run.steps:
+        return time, queue
+    worker = run.steps.worker.values
+    if isinstance(run.engine, Fleet) and run.engine.changes:  # a worker that is gone has no queue, and makes no step
+        gone = run.worker_events.isel(event=np.isin(run.worker_events.reason, ["drained", "crash", "outage"]))
+        time, worker = np.append(time, gone.time), np.append(worker, gone.worker)
+        queue = np.append(queue, np.zeros(gone.sizes["event"], queue.dtype))
+        order = np.argsort(time, kind="stable")
+        time, worker, queue = time[order], worker[order], queue[order]
+    return total_over_time(time, queue, worker)
 
 
 def draw_queue(axis: "Axes", run: "Run", *, fill: bool = False, **style: Any) -> None:

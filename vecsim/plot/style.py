@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    import xarray as xr
-
     from vecsim.run import Run
 
 # Okabe and Ito's colours, told apart by the colour-blind too (https://jfly.uni-koeln.de/color/)
@@ -42,13 +40,6 @@ def check_dataset(dataset: Any) -> None:
 def ticks_at_integers(axis: Any, only: bool = True) -> None:
     """No ticks between whole numbers."""
     axis.get_major_locator().set_params(integer=only)
-
-
-def label(array: "xr.DataArray", before: str = "") -> str:
-    """A name with its unit, from the attributes."""
-    name = before + array.attrs.get("long_name", str(array.name))
-    units = array.attrs.get("units", "1")
-    return name if units == "1" else f"{name} [{units}]"
 
 
 def heading(run: "Run") -> str:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.kernel.state import Array
-from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, check_dataset, label, run_time, ticks_at_integers
-from vecsim.sweep.report import has_slo, load_coord, median, other_dims, stable, texts
+from vecsim.plot.style import COLOURS, DASHES, MARKERS, Picture, check_dataset, run_time, ticks_at_integers
+from vecsim.sweep.report import drawable, has_slo, label, load_coord, median, numeric_dims, other_dims, stable, texts
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 VARIABLES = ("token_throughput", "ttft")
 SLO_VARIABLES = (*VARIABLES, "goodput")  # where there are limits
 LINEAR = ("goodput", "slo_attainment")  # whose fall to nothing would fill a logarithmic scale
+NEAR_ONE = 0.9  # shares that are all above it aren't drawn from 0 on
 MOST_MAPS = 4  # side by side, or rows of lines
 MOST_TICKS = 12
 MOST_CHARACTERS = 40  # of tick labels below a map
@@ -234,24 +235,8 @@ def finish_panel(axis: "Axes", array: "xr.DataArray", name: str, x: "xr.DataArra
         axis.text(0.5, 0.5, f"no value of {array.name}", ha="center", transform=axis.transAxes)
     elif spans_decades(array.values) and array.name not in LINEAR:
         axis.set_yscale("log")
-    else:
+    elif array.attrs.get("units") != "1" or float(array.min()) < NEAR_ONE:  # else all would lie along the upper edge
         axis.set_ylim(bottom=min(0.0, float(array.min())))
-
-
-def numeric_dims(dataset: "xr.Dataset", but: str | None) -> list[str]:
-    """Dimensions with more than one number as their coordinate, the longest first; not that of coordinate `but`."""
-    numeric = [
-        dim
-        for dim in other_dims(dataset, str(dataset[but].dims[0]) if but is not None else None)
-        if dim in dataset.coords and dataset[dim].dtype.kind in "iuf" and dataset.sizes[dim] > 1
-    ]
-    return sorted(numeric, key=lambda dim: -dataset.sizes[dim])
-
-
-def drawable(dataset: "xr.Dataset") -> list[str]:
-    """Coordinates that a picture can have along an axis."""
-    dims = other_dims(dataset, None)
-    return [str(coord) for coord in dataset.coords if dataset[coord].ndim == 1 and dataset[coord].dims[0] in dims]
 
 
 def check_coord(dataset: "xr.Dataset", argument: str, name: str) -> None:

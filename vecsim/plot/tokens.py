@@ -21,7 +21,8 @@ def draw(run: "Run") -> Any:
     if not run.steps.sizes["step"]:
         return draw_nothing(run)
     workers = run.engine.workers if isinstance(run.engine, Fleet) else 0
-    if isinstance(run.engine, Fleet) and run.engine.changes:  # all that were ever there
+    changes = isinstance(run.engine, Fleet) and run.engine.changes
+    if changes:  # all that were ever there
         workers = int(run.worker_events.worker.max()) + 1
     apart = isinstance(run.engine, DisaggregatedEngine)
     # Transfers cross the rows of workers
@@ -47,6 +48,11 @@ def draw(run: "Run") -> Any:
     marks = [("time to first token", "x", TTFT), ("end-to-end latency", "o", E2E)]
     if apart:
         marks = [("transfer", "-", "0.2"), *marks]
+    if changes:
+        from vecsim.plot.fleets import CRASH, STARTING, is_crash
+
+        phases = (("starting", STARTING), *phases)
+        marks = [*([("crash", "x", CRASH)] if is_crash(run).any() else []), *marks]
     legend(figure, phases, marks)
     return figure
 
@@ -112,21 +118,35 @@ def tokens_per_second(run: "Run", edges: Array) -> tuple[Array, Array]:
     return decode, prefill
 
 
+def of_workers_there(run: "Run", edges: Array, of_each: list[int]) -> Array:
+    """Sum over the workers that are ready or drain in a column, the most of its two edges; `of_each` is by pool."""
+    phases = run.worker_counts(edges.size).workers.sel(phase=["ready", "draining"])
+    there = phases.sum("phase").transpose("pool", "time").values
+    return np.array(of_each) @ np.maximum(there[:, 1:], there[:, :-1])
+
+
 def memory_in_use(run: "Run", edges: Array) -> Array:
-    """Mean share of KV memory that is held in each column [%]."""
-    assert run.engine.kv_blocks is not None
-    return 100 * mean_over_time(run, run.steps.kv_blocks.values, edges) / run.engine.kv_blocks
+    """Mean share of KV memory that is held in each column, of that of the workers that are there [%]."""
+    held = mean_over_time(run, run.steps.kv_blocks.values, edges)
+    blocks: Any = run.engine.kv_blocks
+    if isinstance(run.engine, Fleet) and run.engine.changes:
+        each = [(pool.kv_cache and pool.kv_cache.blocks) or 0 for pool in run.engine.pools]
+        blocks = np.maximum(of_workers_there(run, edges, each), 1)
+    return 100 * held / blocks
 
 
 def draw_batch(axis: "Axes", run: "Run", edges: Array) -> None:
     """Requests that prefill and decode, stacked; a line at the slots if they come near."""
     decode, prefill = requests_in_batch(run, edges)
     axis.stackplot(edges[:-1], decode, prefill, colors=(DECODE, PREFILL), step="post", linewidth=0)
-    slots = run.engine.max_batch_size
+    slots: Any = np.full(edges.size - 1, run.engine.max_batch_size)
+    if isinstance(run.engine, Fleet) and run.engine.changes:
+        slots = of_workers_there(run, edges, [pool.max_batch_size for pool in run.engine.pools])
     most = float((decode + prefill).max(initial=1.0))
-    if most > 0.6 * slots:
-        axis.axhline(slots, color="0.3", linewidth=0.8, linestyle=":")
-        most = max(most, slots)
+    if most > 0.6 * slots.max():
+        ends = np.append(slots, slots[-1:])
+        axis.plot(edges, ends, color="0.3", linewidth=0.8, linestyle=":", drawstyle="steps-post")
+        most = max(most, float(slots.max()))
     axis.set_ylim(0, 1.08 * most)
     axis.set_ylabel("batch\n[requests]")
     ticks_at_integers(axis.yaxis)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vecsim.axes import fields, meant
+from vecsim.declaration import suggestion
 from vecsim.growth import queue_growth
 from vecsim.sweep import sweep
 from vecsim.sweep.files import (
@@ -19,6 +20,7 @@ from vecsim.sweep.files import (
     write_whole,
 )
 from vecsim.sweep.spec import read_changes, read_spec, ready_made
+from vecsim.variables import output_names
 
 DEFAULT = "batching"
 
@@ -79,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--warmup", type=float, metavar="T", help="ticks (or seconds) simulated but not measured")
     result.add_argument("--short", type=float, metavar="T", help="queue growth: also simulate so long, and compare")
     result.add_argument("--at-load", type=float, metavar="X", help="load at which the table reads the TTFT")
+    result.add_argument("--variables", metavar="NAME,...", help="what the table and the picture tell: gpu_hours,ttft")
+    result.add_argument("--x", metavar="NAME", help="axis along which they tell it")
     result.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     result.add_argument("--force", action="store_true", help="overwrite existing files")
     result.add_argument("--quiet", action="store_true", help="no progress bar, no table")
@@ -101,6 +105,12 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
         raise ValueError(f"{name} is no field of the engine: it can't be an axis")
     if options.at_load is not None and not math.isfinite(options.at_load):
         raise ValueError(f"--at-load must be a finite number, got {options.at_load}")
+    variables = spec.variables if options.variables is None else tuple(map(str.strip, options.variables.split(",")))
+    if unknown := [name for name in variables if name not in output_names(spec.engine.is_token)]:
+        hint = suggestion(unknown[0], output_names(spec.engine.is_token))
+        raise ValueError(f"variables must be names of output variables, got {unknown[0]!r}{hint}")
+    if options.x is not None and not any(named(options.x, paths) & named(name, paths) for name in axes):
+        raise ValueError(f"--x must be an axis, one of {', '.join(axes)}, got {options.x!r}")
     output, picture = options.output, options.plot
     if output is None and picture is None:
         # The default sweep is `sweep`, so that the first files a user sees are sweep.nc and sweep.png.
@@ -118,13 +128,19 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
     if short is None:
         dataset = sweep(spec.engine, time_limit, warmup=warmup, **common, **axes)
     else:
+        if variables or options.x:
+            raise ValueError("--variables and --x must be left out for queue growth")
         if warmup > 0:
             raise ValueError(f"--warmup must be 0 for queue growth, got {warmup:g}")
         dataset = queue_growth(spec.engine, short, time_limit, **common, **axes)
-    if not options.quiet:
-        from vecsim.sweep.report import growth_table, table
+    from vecsim.sweep.report import drawable, growth_table, table, variables_table
 
-        print(table(dataset, options.at_load) if short is None else growth_table(dataset))
+    x = options.x or (spec.x if spec.x in drawable(dataset) else None)
+    if not options.quiet:
+        if short is not None:
+            print(growth_table(dataset))
+        else:
+            print(variables_table(dataset, variables, x) if variables else table(dataset, options.at_load))
     if output is not None:
         write_dataset(dataset, output)
         written.append(str(output))
@@ -134,7 +150,7 @@ def run(options: argparse.Namespace, written: list[str]) -> int:
         matplotlib.use("Agg")
         from vecsim import plot
 
-        figure = plot.sweep(dataset)
+        figure = plot.lines(dataset, x, variables or None) if variables or x else plot.sweep(dataset)
         write_whole(picture, lambda path: figure.savefig(path, dpi=150))
         written.append(str(picture))
     if not options.quiet:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +56,29 @@ WITHIN = ("stat", "request", "time", "class", "part")
 def other_dims(dataset: "xr.Dataset", along: str | None) -> list[str]:
     """The dimensions that make rows or lines: not those within a scenario, nor seeds, nor the one drawn along."""
     return [str(dim) for dim in dataset.sizes if dim not in (*WITHIN, "seed", along)]
+
+
+def numeric_dims(dataset: "xr.Dataset", but: str | None) -> list[str]:
+    """Dimensions with more than one number as their coordinate, the longest first; not that of coordinate `but`."""
+    numeric = [
+        dim
+        for dim in other_dims(dataset, str(dataset[but].dims[0]) if but is not None else None)
+        if dim in dataset.coords and dataset[dim].dtype.kind in "iuf" and dataset.sizes[dim] > 1
+    ]
+    return sorted(numeric, key=lambda dim: -dataset.sizes[dim])
+
+
+def drawable(dataset: "xr.Dataset") -> list[str]:
+    """Coordinates that a table or a picture can have along an axis."""
+    dims = other_dims(dataset, None)
+    return [str(coord) for coord in dataset.coords if dataset[coord].ndim == 1 and dataset[coord].dims[0] in dims]
+
+
+def label(array: "xr.DataArray", before: str = "") -> str:
+    """A name with its unit, from the attributes."""
+    name = before + array.attrs.get("long_name", str(array.name))
+    units = array.attrs.get("units", "1")
+    return name if units in ("1", name) else f"{name} [{units}]"
 
 
 def texts(dataset: "xr.Dataset", dim: str) -> list[str]:
@@ -221,6 +245,52 @@ def table(dataset: "xr.Dataset", at_load: float | None = None) -> str:
         criterion += f"; {100 * ATTAINED:.0f} % SLO: so many of the requests that were {judged} kept to their limits"
     lines += textwrap.wrap(f"({medians}stable: {criterion})", WIDTH)
     return "\n".join(lines)
+
+
+def variables_table(dataset: "xr.Dataset", variables: Sequence[str], x: str | None = None) -> str:
+    """Medians of each variable: a row for each combination of the axes other than seed, a column for each place on x.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `vecsim.sweep`.
+    variables : sequence of str
+        Of variables with several statistics the highest quantile is told.
+    x : str, optional
+        Coordinate: the load, else the longest axis of numbers, unless given.
+
+    Raises
+    ------
+    ValueError
+        When the Dataset has no such coordinate or variable.
+    """
+    x = x or load_coord(dataset) or next(iter(numeric_dims(dataset, None)), None)
+    if x is not None and x not in drawable(dataset):
+        raise ValueError(f"x must be one of {', '.join(drawable(dataset))}, got {x!r}")
+    if unknown := [name for name in variables if name not in dataset]:
+        raise ValueError(f"variables must be among {', '.join(map(str, dataset.data_vars))}, got {unknown[0]!r}")
+    along = str(dataset[x].dims[0]) if x is not None else None
+    tail = str(dataset.stat.values[-2])
+    seeds = dataset.sizes.get("seed", 1)
+    lines: list[str] = []
+    for name in variables:
+        array = dataset[name]
+        head = label(array)
+        if "stat" in array.dims:
+            array, head = array.sel(stat=tail, drop=True), label(array, f"{tail} ")
+        array = median(array)
+        dims = [str(dim) for dim in array.dims if dim != along]
+        columns = [f"{value:g}" for value in dataset[x].values] if x is not None else [""]
+        names = {dim: texts(dataset, dim) for dim in dims}
+        rows = [[*dims, *columns]]
+        combinations = itertools.product(*(range(array.sizes[dim]) for dim in dims))
+        for index in itertools.islice(combinations, MOST_ROWS):
+            at = dict(zip(dims, index, strict=True))
+            cells = [_number(value) for value in np.atleast_1d(array.isel(at).values)]
+            rows.append([*(names[dim][i] for dim, i in at.items()), *cells])
+        lines += [head if x is None else f"{head}, by {label(dataset[x])}", *aligned(rows, len(dims))]
+        lines += [*more_rows(dataset, dims), ""]
+    return "\n".join([*lines[:-1], *([f"(medians over {seeds} seeds)"] if seeds > 1 else [])])
 
 
 def growth_table(dataset: "xr.Dataset") -> str:

@@ -38,6 +38,10 @@ class Spec(Declaration, frozen=True, kw_only=True):
         As for `vecsim.sweep` [ticks, or seconds in the token model, where infinity is to serve all requests].
     short : float, optional
         With it, `vecsim.queue_growth` is called: the time limit of its short run [ticks or seconds].
+    variables : sequence of str
+        What the table and the picture have, where it isn't throughput and latency over the load.
+    x : str, optional
+        Axis that these are told along: the load, else the longest axis of numbers, unless given.
     axes : dict
         Values of each axis: a list, or text in short notation (see `parse_values`).
     zip : dict
@@ -50,6 +54,8 @@ class Spec(Declaration, frozen=True, kw_only=True):
     time_limit: float = 10_000.0
     warmup: float = 0.0
     short: float | None = None
+    variables: tuple[str, ...] = ()
+    x: str | None = None
     axes: dict[str, Any] = msgspec.field(default_factory=dict)
     zip: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
 
