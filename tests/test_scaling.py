@@ -405,12 +405,19 @@ def test_nothing_is_changed_while_a_worker_starts(planner):
         ([0.6, 0.7, 0.5], 0),
         ([0.3, 0.2, 0.1], -1),  # the most: 0.1 of its own, 0.2 x 3 / 2 = 0.3 of waiting < 0.8 x (0.5 - 0.1) = 0.32
         ([0.32, 0.2, 0.1], 0),  # 0.33
-        ([0.3, math.nan, 0.1], 0),
+        ([0.3, math.nan, 0.1], -1),  # no prompt has come, and none waits
+        ([0.6, math.nan, 0.7], 0),
     ],
 )
 def test_prefill_workers_by_predicted_ttft(ttft, change):
     seen = view(3, 2, predicted_ttft=[*ttft, 0, 0], own_ttft=0.1, predicted_itl=0.045)
     assert Asked(sim.ReactivePlanner()).decide(seen) == (change, 0)
+
+
+def test_an_idle_pool_shrinks_unless_prompts_wait():
+    idle = {"predicted_ttft": math.nan, "own_ttft": math.nan, "predicted_itl": math.nan, "own_itl": math.nan}
+    assert Asked(sim.ReactivePlanner()).decide(view(3, 2, **idle)) == (-1, -1)
+    assert Asked(sim.ReactivePlanner()).decide(view(3, 2, queued_tokens=[0, 8, 0, 0, 0], **idle)) == (0, -1)
 
 
 @pytest.mark.parametrize(
@@ -421,7 +428,9 @@ def test_prefill_workers_by_predicted_ttft(ttft, change):
         ([0.02, 0.029, 0.02], 0.6, -1),  # 0.01 + 0.019 x 3 / 2 = 0.0385 < 0.8 x 0.05 = 0.04; 0.6 x 3 / 2 = 0.9 < 1
         ([0.02, 0.031, 0.02], 0.6, 0),  # 0.0415
         ([0.02, 0.029, 0.02], 0.7, 0),  # 1.05
-        ([0.02, 0.029, math.nan], 0.1, 0),
+        ([0.02, 0.029, math.nan], 0.1, -1),  # one decodes nothing
+        ([0.06, 0.07, math.nan], 0.1, 0),
+        ([0.02, 0.029, math.nan], 0.7, 0),
     ],
 )
 def test_decode_workers_by_predicted_itl_and_kv_use(itl, use, change):

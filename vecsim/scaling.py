@@ -246,8 +246,10 @@ def ttft_change(numbers, view, first, last):
         if view.ready[worker] != 0.0:
             ttft = view.predicted_ttft[worker]
             own = view.own_ttft[worker]
-            if math.isnan(ttft) or math.isnan(own):
-                return 0
+            if math.isnan(ttft) or math.isnan(own):  # no prompt has come since the last tick
+                above = False
+                fits = fits and view.queued_tokens[worker] == 0.0
+                continue
             above = above and ttft > numbers[TTFT]
             fits = fits and (ttft - own) * grows < (numbers[TTFT] - own) * numbers[DOWN_SHARE]
     return 1 if above else (-1 if fits else 0)
@@ -265,10 +267,11 @@ def itl_change(numbers, view, first, last):
         if view.ready[worker] != 0.0:
             itl = view.predicted_itl[worker]
             own = view.own_itl[worker]
-            if math.isnan(itl) or math.isnan(own):
-                return 0
-            above = above and itl > numbers[ITL]
             fits = fits and (view.kv_use[worker] + view.kv_waiting[worker]) * grows < 1.0
+            if math.isnan(itl) or math.isnan(own):  # it decodes nothing
+                above = False
+                continue
+            above = above and itl > numbers[ITL]
             fits = fits and own + (itl - own) * grows < numbers[ITL] * numbers[DOWN_SHARE]
     return 1 if above else (-1 if fits else 0)
 
@@ -899,7 +902,8 @@ class ReactivePlanner(IntervalPlanner, frozen=True, kw_only=True, tag=True):
     next step's ITL would exceed `itl` at all. One of N less if the others could take its load: what a TTFT has of
     waiting, x N / (N - 1), would be below `down_share` x what the limit leaves for it; an ITL, with what it has of load
     x N / (N - 1), below `down_share` x the limit, and KV memory in use and waited for, x N / (N - 1), below all there
-    is; each at all workers. A pool that does both gets one more for either reason, one less for both.
+    is; each at all workers. A pool that does both gets one more for either reason, one less for both. A worker that has
+    nothing to do could take any load.
 
     Parameters
     ----------
