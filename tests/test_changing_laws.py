@@ -1,10 +1,11 @@
-"""Laws of fleets with a planner, lower tiers of caches and crashes all at once, on random scenarios."""
+"""Laws of fleets with a planner, lower tiers of caches, crashes and slow messages at once, on random scenarios."""
 
 import math
 import random
 
 import msgspec
 import numpy as np
+import pytest
 
 import vecsim as sim
 
@@ -45,8 +46,7 @@ def some_load(rng):
     return sim.PiecewiseLoadGenerator(request_rates=(2, 15), durations=(4, 4), repeat=True, requests=requests, **fields)
 
 
-def some_fleet(rng):
-    """(a cluster that changes in all ways, a time limit or none, a warm-up or 0)."""
+def some_pool(rng):
     host = rng.randint(1, 200)
     tiers = sim.CacheTiers(
         host_blocks=host,
@@ -57,7 +57,7 @@ def some_fleet(rng):
         offload_batch=rng.choice([1, 16]),
         offloads_in_flight=rng.choice([1, 4]),
     )
-    pool = sim.Pool(
+    return sim.Pool(
         workers=rng.randint(1, 4),
         max_batch_size=rng.choice([2, 8, 32]),
         batcher=rng.choice([sim.TokenBudgetBatcher(), sim.PrefillFirstBatcher(), sim.SGLangBatcher()]),
@@ -66,8 +66,14 @@ def some_fleet(rng):
         start_up_time=rng.choice([0.0, 1.0, 4.0]),
         gpus=rng.choice([1, 2]),
     )
+
+
+def some_fleet(rng):
+    """(a cluster that changes in all ways, a time limit or none, a warm-up or 0)."""
+    pool = some_pool(rng)
     ttl = rng.uniform(0, 6)
     plane = sim.ControlPlane(
+        request_plane=rng.choice([0.0, 0.0, 0.05]),
         watch=rng.choice([0.0, 0.5]),
         ttl=ttl,
         renewal=ttl * rng.random(),
@@ -93,6 +99,39 @@ def some_fleet(rng):
     return fleet, 20.0 if closed or rng.random() < 0.3 else None, rng.choice([0.0, rng.uniform(1, 5)])
 
 
+def some_fleet_apart(rng):
+    """The same where prefill is apart."""
+    cluster, limit, warmup = some_fleet(rng)
+    queued = rng.random() < 0.5
+    transfer = sim.KVTransfer(
+        bandwidth=rng.choice([1e8, 5e9]),
+        kv_bytes_per_token=131_072,
+        latency=rng.choice([0.0, 0.01]),
+        merges_blocks=rng.random() < 0.3,
+        polling=rng.choice([0.0, 0.02]),
+    )
+    plane = cluster.control_plane
+    if queued:
+        plane = msgspec.structs.replace(plane, queue_push=rng.choice([0.0, 0.01]), queue_pop=rng.choice([0.0, 0.01]))
+    prefill = some_pool(rng)
+    cache = msgspec.structs.replace(cluster.pools[0].kv_cache, blocks=rng.randint(80, 500))
+    fleet = sim.DisaggregatedEngine(
+        prefill=prefill,
+        decode=msgspec.structs.replace(cluster.pools[0], kv_cache=cache),
+        prefill_router=None if queued else rng.choice([sim.KVAwareRouter(), sim.RoundRobinRouter()]),
+        router=cluster.router,
+        reserve=rng.choice(["arrival", "prefill"]),
+        first_token=rng.choice(["prefill", "decode"]),
+        local_prefill=rng.choice([None, sim.QueueAndLengthRule(max_local_prefill_length=50)]),
+        transfer=rng.choice([None, transfer]),
+        load_generator=cluster.load_generator,
+        scaling=cluster.scaling,
+        control_plane=plane,
+        slo=cluster.slo,
+    )
+    return fleet, limit, warmup
+
+
 def test_every_request_has_one_fate_and_metrics_after_the_warm_up_are_their_definition():
     happened = dict.fromkeys(["crashes", "scale_ups", "migrations", "retries", "failed", "host_hit_rate"], 0.0)
     for seed in range(60):
@@ -108,8 +147,8 @@ def test_every_request_has_one_fate_and_metrics_after_the_warm_up_are_their_defi
         np.testing.assert_array_equal(np.isfinite(requests.failed_at), failed, err_msg=str(seed))
         assert int(metrics.final_queue) <= (fates == 0).sum(), seed
         slots, blocks = fleet.pools[0].max_batch_size, fleet.pools[0].kv_cache.blocks
-        assert int(steps.running.max()) <= slots, seed
-        assert int(steps.kv_blocks.max()) <= blocks, seed
+        assert int(steps.running.values.max(initial=0)) <= slots, seed
+        assert int(steps.kv_blocks.values.max(initial=0)) <= blocks, seed
 
         counts = arrived >= warmup
         spent = float(metrics.end_time) - warmup
@@ -151,9 +190,51 @@ def test_every_request_has_one_fate_and_metrics_after_the_warm_up_are_their_defi
     assert all(value > 0 for value in happened.values()), happened
 
 
-def test_a_run_is_the_same_twice_on_any_threads_and_within_a_sweep():
+def test_every_request_has_one_fate_where_prefill_is_apart():
+    happened = dict.fromkeys(["crashes", "scale_ups", "migrations", "retries", "failed", "completed"], 0.0)
+    for seed in range(150):
+        fleet, limit, warmup = some_fleet_apart(random.Random(seed))
+        run = fleet.run(limit, warmup=warmup)
+        requests, metrics = run.requests, run.metrics
+        completed, failed, refused = (
+            np.isfinite(requests.completed_at.values),
+            requests.failure.values != "",
+            requests.refused.values > 0,
+        )
+        fates = completed.astype(int) + failed + refused
+        assert (fates <= 1).all() if limit else (fates == 1).all(), seed
+        assert int(metrics.final_queue) <= (fates == 0).sum(), seed
+        counts = requests.arrived_at.values >= warmup
+        for name, literal in (
+            ("arrived", counts.sum()),
+            ("completed", (counts & completed).sum()),
+            ("failed", (counts & failed).sum()),
+            ("dropped", (counts & refused).sum()),
+            ("migrations", requests.migrations.values[counts].sum()),
+            ("retries", requests.retries.values[counts].sum()),
+        ):
+            assert int(metrics[name]) == literal, (name, seed)
+        seen = np.isfinite(requests.first_token_at.values)
+        took = (requests.first_token_at - requests.arrived_at).values[seen]
+        parts = run.ttft_parts.values[:, seen]
+        assert (parts >= 0).all(), seed
+        np.testing.assert_array_equal(parts.sum(axis=0), took, err_msg=str(seed))
+        if took[counts[seen]].size:
+            means = metrics.ttft_parts.values
+            literal = dict(zip(run.ttft_parts.part.values.tolist(), parts[:, counts[seen]].mean(axis=1), strict=True))
+            for part in ("wait for onboarding", "onboarding"):  # metrics have it in the wait for prefill
+                literal["wait for prefill"] += literal.pop(part, 0.0)
+            np.testing.assert_allclose(means, list(literal.values()), rtol=1e-7, atol=1e-9, err_msg=str(seed))
+            np.testing.assert_allclose(means.sum(), took[counts[seen]].mean(), rtol=1e-9, err_msg=str(seed))
+        for name in happened:
+            happened[name] += float(metrics[name])
+    assert all(value > 0 for value in happened.values()), happened
+
+
+@pytest.mark.parametrize("make", [some_fleet, some_fleet_apart])
+def test_a_run_is_the_same_twice_on_any_threads_and_within_a_sweep(make):
     for seed in range(100, 115):
-        fleet, limit, warmup = some_fleet(random.Random(seed))
+        fleet, limit, warmup = make(random.Random(seed))
         one, again = (fleet.run(limit, warmup=warmup) for _ in range(2))
         assert one.requests.identical(again.requests), seed
         assert one.metrics.identical(again.metrics), seed

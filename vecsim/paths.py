@@ -235,14 +235,17 @@ def first_token_moments(requests: "xr.Dataset", overheads: "Overheads", first_by
     seen = value["first_token_at"]
     token = seen - overheads.per_output_token
     routed = value["arrived_at"] + overheads.before_queue
+    reserved = routed
+    if "remote" in value:
+        remote = value["remote"] == 1
+        first = remote & (value["reserved_at"] <= value["prefill_queued_at"])  # blocks were reserved before the prefill
+        reserved = np.where(first, value["reserved_at"], routed)
     rise = []
     if "onboarding_ended_at" in value:
         rose = np.isfinite(value["onboarding_ended_at"])
-        rise = [np.where(rose, value[f"onboarding_{which}_at"], routed) for which in ("began", "ended")]
+        rise = [np.where(rose, value[f"onboarding_{which}_at"], reserved) for which in ("began", "ended")]
     if "remote" not in value:
         return np.array([routed, *rise, value["started_at"], token, seen])
-    remote = value["remote"] == 1
-    first = remote & (value["reserved_at"] <= value["prefill_queued_at"])  # blocks were reserved before the prefill
     prefilled = np.where(remote, value["prefilled_at"], token)
     moves = remote & (not first_by_prefill)
     noticed = np.where(moves, value["transfer_noticed_at"], prefilled)
@@ -250,7 +253,7 @@ def first_token_moments(requests: "xr.Dataset", overheads: "Overheads", first_by
     return np.array(
         [
             routed,
-            np.where(first, value["reserved_at"], routed),
+            reserved,
             *rise,
             value["started_at"],
             prefilled,

@@ -55,6 +55,7 @@ from vecsim.kernel.life import (
     RETRIES,
     RETRIES_METRIC,
     SERVING,
+    STRANDED,
     UPS,
     UPS_METRIC,
     next_of_life,
@@ -303,7 +304,11 @@ def simulate_fleet(world):
                 break
             t = min(t, life_due)
         if t >= time_limit or t == np.inf:
-            break
+            over = t < np.inf or time_limit < np.inf or not changes or world.life.numbers[LIVE] == 0
+            if over or call_live(world.live, (world, now, whole(STRANDED))) == 0:
+                break
+            dynamic_due = next_issued(work) if users_wait else dynamic_due
+            continue
         now = t
         issued = True
         if changes and life_due == t:

@@ -76,6 +76,9 @@ INITIAL, ADDED, IS_STARTED, REMOVED, DRAINED, HAS_CRASHED, STOPPED, RESTARTED = 
 # their tokens; seconds until their first tokens; gaps between tokens, and their seconds
 CAME, CAME_TOKENS, LEFT_BY_END, LEFT_TOKENS, TTFT_SUM, GAPS_SEEN, GAPS_SUM, PLANNER_SUMS = range(8)
 
+# What `losses.live` is called for where it isn't for an event, nor the crash of a worker
+STRANDED = -2
+
 # Kinds of draws
 START_UP_DRAW, CRASH_DRAW, NOTICE_DRAW, STOP_DRAW, DRAWS = range(5)
 

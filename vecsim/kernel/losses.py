@@ -16,6 +16,9 @@ from vecsim.kernel.handover import (
     PREFILL_STAGE,
     PREFILLED,
     PREFILLED_AT,
+    QUEUE_FIRST,
+    QUEUED_FOR_PREFILL,
+    QUEUED_TOKENS,
     REMOTE,
     RESERVED_AT,
     STAGE,
@@ -43,6 +46,7 @@ from vecsim.kernel.kv import FREE, NAMED, RUN_NODE
 from vecsim.kernel.life import (
     BROKEN,
     BROKEN_PREFILL,
+    CAME_HERE,
     CRASH,
     CRASHED,
     CRASHES,
@@ -83,6 +87,7 @@ from vecsim.kernel.life import (
     STOP_DRAW,
     STOPPED,
     STOPS_AT,
+    STRANDED,
     TARGET,
     WHO,
     begin_start,
@@ -324,6 +329,28 @@ def fail(world, request, reason, t):
 
 
 @bare
+def strand(world, t):
+    """Nothing is left to happen: requests that wait for a worker that won't come fail. Returns how many there were."""
+    fleet, own = world.fleet, world.work.own
+    queued = fleet.between[QUEUE_FIRST] >= 0
+    fleet.between[QUEUE_FIRST] = -1
+    fleet.between[QUEUED_FOR_PREFILL] = fleet.between[QUEUED_TOKENS] = 0
+    number = whole(0)
+    for request in range(world.load.prompt_tokens.size):
+        r = unsigned(request)
+        waits = fleet.way[PREFILL_STAGE, r] == FOR_PREFILL
+        if queued and not waits:  # others may go on when these have gone
+            continue
+        if world.life.fate[CAME_HERE, r] == 0 or own[STATE, r] in (GONE, FAILED, DROPPED_AT_ONCE):
+            continue
+        if waits:
+            fleet.way[PREFILL_STAGE, r] = NOWHERE
+        fail(world, request, whole(NO_WORKER), t)
+        number += 1
+    return number
+
+
+@bare
 def migrates(world, request, t):
     """Whether a request may go to another worker; else it fails."""
     life, r = world.life, unsigned(request)
@@ -463,9 +490,12 @@ def live(world, t, doomed):
     """The next event of workers' lives, at `t`, or the crash of one at its boundary (-1: of none); returns whether what
     follows could be issued.
 
-    The fleet's loop calls it by its address: fleets that stay as they are need not have it compiled.
+    Where nothing is left to happen (`STRANDED`), returns how many requests fail for that. The fleet's loop calls it by
+    its address: fleets that stay as they are need not have it compiled.
     """
     control, life = world.control, world.life
+    if doomed == STRANDED:
+        return strand(world, t)
     if doomed >= 0:
         return whole(crash(world, doomed, t, whole(life.whole[DOOM, unsigned(doomed)]) - 1, True))
     if life.times[NEXT_OUTAGE] == t:

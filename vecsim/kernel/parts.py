@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vecsim.kernel.handover import NOTICED_AT, PREFILLED_AT, REMOTE, RESERVED_AT, TRANSFER_AT
+from vecsim.kernel.handover import NOTICED_AT, PREFILLED_AT, REMOTE, RESERVED_AT, TO_PREFILL_AT, TRANSFER_AT
 from vecsim.kernel.jit import bare, inlined, unsigned
 from vecsim.kernel.token_state import FIRST_AT, STARTED_AT
 
@@ -39,7 +39,9 @@ def write_parts(world):
         requests += 1
         remotes += remote
         routed = arrived + load.before_queue
-        reserved = instants[RESERVED_AT, r] if remote and split.reserves_first else routed
+        # Blocks were reserved before the prefill, unless a crash made it choose another worker after that
+        first_reserved = remote and instants[RESERVED_AT, r] <= instants[TO_PREFILL_AT, r]
+        reserved = instants[RESERVED_AT, r] if first_reserved else routed
         started = times[STARTED_AT, r]
         prefilled = instants[PREFILLED_AT, r] if remote else first
         began = noticed = decodes = prefilled
