@@ -131,6 +131,16 @@ def test_presets_of_fleets_name_what_is_missing_or_unknown():
         sim.presets.dynamo_gen2(prefill=POOL, decode=POOL, load_generator=LOAD, polcy="never")
 
 
+def test_the_control_plane_of_etcd_has_its_latencies():
+    plane = sim.presets.etcd(migration_limit=3)
+    assert (plane.watch, plane.ttl, plane.renewal, plane.queue_pop, plane.migration_limit) == (1e-3, 10, 5, 0, 3)
+    queue = sim.presets.etcd(jetstream=True, queue_pop=2e-3)
+    assert (queue.queue_push, queue.queue_pop) == (1e-3, 2e-3)
+    assert sim.presets.dynamo_gen1(prefill=POOL, decode=POOL, load_generator=LOAD, control_plane=queue).changes
+    with pytest.raises(TypeError, match="etcd has no field 'wach'; did you mean watch"):
+        sim.presets.etcd(wach=1.0)
+
+
 def test_a_pool_of_an_engine_has_its_fields():
     engine = sim.presets.vllm(kv_tokens=32_000, load_generator=LOAD, step_time=STEP)
     pool = sim.Pool.of(engine, workers=3)

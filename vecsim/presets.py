@@ -16,6 +16,7 @@ from vecsim.batching import (
     StaticBatcher,
     TokenBudgetBatcher,
 )
+from vecsim.control_plane import ControlPlane
 from vecsim.declaration import Range, check, refuse_unknown, shown
 from vecsim.engine import Engine
 from vecsim.fits import Fit
@@ -322,6 +323,33 @@ def dynamo_gen2(*, policy: str = "never", **fields: Any) -> DisaggregatedEngine:
         "local_prefill": LOCAL[policy],
     }
     return _disaggregated("dynamo_gen2", usual, fields, "policy")
+
+
+def etcd(*, jetstream: bool = False, **fields: Any) -> ControlPlane:
+    """A control plane on etcd as NVIDIA Dynamo has it: leases of 10 s, renewed every 5 s, watches that take 1 ms.
+
+    Parameters
+    ----------
+    jetstream : bool
+        Whether the queue for prefill is a NATS JetStream: 1 ms into it, 1 ms from it. Of fleets with such a queue.
+    **fields
+        Of `ControlPlane`; they replace the usual ones.
+
+    Returns
+    -------
+    ControlPlane
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value.
+    TypeError
+        When a field is unknown.
+    """
+    refuse_unknown("etcd", fields, ("jetstream", *ControlPlane.__struct_fields__))
+    message = 1e-3 if jetstream else 0.0
+    usual = {"watch": 1e-3, "ttl": 10.0, "renewal": 5.0, "queue_push": message, "queue_pop": message}
+    return ControlPlane(**{**usual, **fields})
 
 
 def _disaggregated(preset: str, usual: dict[str, Any], fields: dict[str, Any], *own: str) -> DisaggregatedEngine:
