@@ -12,8 +12,8 @@ same place is drawn again where a request is routed twice.
 
 Events at equal times: timers, by arrival and request; ends of transfers, by request; arrivals at the router, by
 request; boundaries, by worker. What takes no time is done at once. At a boundary the step that ends there is finished
-first (tokens, ends); then the next step begins: a prefill worker is fed from the global queue; if requests wait for
-blocks to be reserved, blocks of ended requests are freed and reservations are tried; then it goes as in an engine.
+first (tokens, ends); then the next step begins: a prefill worker is fed from the global queue; then it goes as in an
+engine; and blocks that are left are reserved for requests that wait for that.
 
 Requests that wait at a decode worker hold blocks there, for which one before them in the queue may wait. So where a
 batch would be empty, and where a lone running request would preempt itself, the last in the queue of those that hold
@@ -584,9 +584,6 @@ class Simulation:
         if worker in self.prefill:
             self.feed()
 
-        if worker.reservations:
-            worker.release()
-            self.try_reservations(worker)
         preempted = worker.preemptions
         chosen = worker.begin_step(self.now, worker.read_inbox)
         while not chosen:
@@ -605,6 +602,7 @@ class Simulation:
         self.steps.append(FleetStep(self.now, end, chosen, len(worker.waiting), worker.used, worker.number))
         worker.in_step = True
         worker.boundary = end
+        self.try_reservations(worker)  # of what is left
 
     # Routing
 

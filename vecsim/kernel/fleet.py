@@ -226,8 +226,10 @@ def go_on(world, worker, kind, due, others_matter):
         until = min(until, fleet.clock[1])
     if fleet.waiting[unsigned(2 * worker)] >= 0:  # step by step: each may free blocks
         until = 0.0
+        fleet.sums[w, HORIZON] = 0.0
     until = max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf))
     preempted = fleet.counts[w, PREEMPTED]
+    begins_at = fleet.sums[w, END_TIME]
     status = visit(world, worker, kind, until)
     while (
         status == IDLE
@@ -251,8 +253,8 @@ def go_on(world, worker, kind, due, others_matter):
         fleet.between[TROUBLE] = status
     tree.put(fleet.clock, worker, after)
     note_load(world, worker)
-    if after == np.inf and fleet.waiting[unsigned(2 * worker)] >= 0:
-        retry(world, worker, fleet.sums[w, END_TIME])  # a preemption may have freed blocks, and no step follows
+    if fleet.waiting[unsigned(2 * worker)] >= 0:  # what the step leaves is for those that wait for blocks
+        retry(world, worker, begins_at)
 
 
 @bare
@@ -340,7 +342,7 @@ def simulate_fleet(world):
                     act(world, OFFERS, 0, worker, t)
                 if prefills and split.queued:
                     feed(world, t)
-                if fleet.waiting[unsigned(2 * worker)] >= 0:
+                if tiered and fleet.waiting[unsigned(2 * worker)] >= 0:
                     make_room(world, worker, t)
                 go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait or apart or doomed)
         if doomed or life_due == t:
