@@ -226,7 +226,8 @@ def go_on(world, worker, kind, due, others_matter):
         until = min(until, fleet.clock[1])
     if fleet.waiting[unsigned(2 * worker)] >= 0:  # step by step: each may free blocks
         until = 0.0
-        fleet.sums[w, HORIZON] = 0.0
+        if fleet.counts[w, ENDED] > 0:  # only then there may be enough for those that wait
+            fleet.sums[w, HORIZON] = 0.0
     until = max(until, np.nextafter(fleet.sums[w, END_TIME], np.inf))
     preempted = fleet.counts[w, PREEMPTED]
     begins_at = fleet.sums[w, END_TIME]
@@ -241,10 +242,11 @@ def go_on(world, worker, kind, due, others_matter):
     after = fleet.sums[w, END_TIME]
     if status == IDLE and tiered and seen.has_new(fleet.seen[w]):  # no step follows
         act(world, OFFERS, 0, worker, after)
+    coasts = status == COASTING
     if status == IDLE:
         after = np.inf
         status = DONE
-    elif status == COASTING:
+    elif coasts:
         after = fleet.sums[w, FORESEEN]
         status = DONE
     if fleet.counts[w, STEP] > MOST_STEPS:
@@ -253,7 +255,7 @@ def go_on(world, worker, kind, due, others_matter):
         fleet.between[TROUBLE] = status
     tree.put(fleet.clock, worker, after)
     note_load(world, worker)
-    if fleet.waiting[unsigned(2 * worker)] >= 0:  # what the step leaves is for those that wait for blocks
+    if fleet.waiting[unsigned(2 * worker)] >= 0 and not coasts:  # what the step leaves is for those that wait for it
         retry(world, worker, begins_at)
 
 
