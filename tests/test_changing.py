@@ -27,6 +27,7 @@ PLANNERS = [
     sim.LoadPlanner(interval=10.0),
     sim.ThroughputPlanner(),
     sim.ReactivePlanner(ttft=0.2, itl=0.05),
+    sim.ReactivePlanner(ttft=0.2, itl=0.05, floor=sim.SLAPlanner(profile=STEP, interval=20.0, itl=0.0065)),
 ]
 
 
@@ -249,6 +250,41 @@ def test_a_planner_of_ones_own():
     ready = run.worker_counts(601).workers.sel(phase="ready").values[0]
     assert ready[0] == 2
     assert ready.max() == 5
+
+
+def test_a_floor_holds_as_many_workers_as_its_planner_finds_in_each_interval():
+    interval = 20.0
+    floor = sim.SLAPlanner(profile=STEP, interval=interval, itl=0.0065, correction=False)
+    run = cluster(scaling=sim.ReactivePlanner(ttft=0.2, floor=floor)).run(75.0)
+    counts = run.worker_counts(751).workers.sel(phase=["starting", "ready"]).sum("phase")[0]
+    assert int(counts[(counts.time > 6) & (counts.time < 19)].min()) == 1  # by their load
+    arrived, ended = run.requests.arrived_at.values, run.requests.completed_at.values
+    for tick in (1, 2, 3):
+        at = tick * interval
+        rate = ((arrived > at - interval) & (arrived <= at)).sum() / interval
+        assert ((ended > at - interval) & (ended <= at)).any()
+        # A prompt takes 0.006 + 0.00006 + 500 x 0.00004 s; 8 requests decode within 0.0065 s
+        needed = math.ceil(rate * (0.02606 + 200 * 0.00648 / 8))
+        assert needed > 1
+        assert int(counts[(counts.time > at + 0.05) & (counts.time < at + interval)].min()) == needed
+
+
+def test_the_interval_of_a_floor_is_an_axis():
+    floor = sim.SLAPlanner(profile=STEP, itl=0.0065)
+    fleet = cluster(scaling=sim.ReactivePlanner(ttft=0.2, floor=floor))
+    assert sim.Cluster.from_toml(fleet.to_toml()) == fleet
+    axes = {"scaling.floor.interval": [10.0, 60.0, 1e6], "seed": range(2), "progress": False}
+    hours = sim.sweep(fleet, time_limit=75.0, **axes).gpu_hours
+    without = sim.sweep(cluster(scaling=sim.ReactivePlanner(ttft=0.2)), 75.0, seed=range(2), progress=False).gpu_hours
+    assert (np.diff(hours.transpose("seed", ...)) < 0).all()
+    np.testing.assert_array_equal(hours.isel({"scaling.floor.interval": -1}), without)
+    with pytest.raises(ValueError, match=r"floor.interval must be >= interval, got floor.interval=1, interval=5"):
+        sim.sweep(fleet, time_limit=75.0, **axes | {"scaling.floor.interval": [1.0]})
+    with pytest.raises(ValueError, match=r"floor: min_workers must fit into max_gpus"):
+        cluster(
+            pool=msgspec.structs.replace(POOL, gpus=2),
+            scaling=sim.ReactivePlanner(floor=msgspec.structs.replace(floor, min_workers=5)),
+        )
 
 
 @pytest.mark.parametrize(

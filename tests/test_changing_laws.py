@@ -21,6 +21,9 @@ def some_planner(rng):
             sim.ThroughputPlanner(interval=often, kv_low=0.2, kv_high=0.5, max_gpus=6),
             sim.ReactivePlanner(interval=often, ttft=0.3, itl=0.03, max_gpus=6),
             sim.SLAPlanner(interval=often, profile=STEP, max_gpus=6),
+            sim.ReactivePlanner(
+                interval=often, max_gpus=6, floor=sim.SLAPlanner(interval=2.5 * often, profile=STEP, max_gpus=4)
+            ),
         ]
     )
 

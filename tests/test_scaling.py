@@ -35,6 +35,12 @@ PLANNERS = {
     "throughput": sim.ThroughputPlanner(),
     "latency": sim.ThroughputPlanner.latency(max_gpus=16),
     "reactive": sim.ReactivePlanner(ttft=1.0),
+    "reactive, floor": sim.ReactivePlanner(
+        interval=30, max_gpus=16, floor=sim.SLAPlanner(profile=PROFILE, interval=75, predictor="linear_trend")
+    ),
+    "throughput, floor": sim.ThroughputPlanner(
+        floor=sim.SLAPlanner(profile=PROFILE, interval=60, correction=False, min_workers=2, max_gpus=7)
+    ),
     "custom": sim.CustomPlanner(rule=one_more, interval=7.0),
 }
 
@@ -452,6 +458,101 @@ def test_one_pool_grows_for_either_latency_and_shrinks_for_both(ttft, itl, chang
     assert Asked(sim.ReactivePlanner()).decide(view(0, 2, predicted_ttft=ttft, predicted_itl=itl)) == (0, change)
 
 
+def floored(**fields):
+    """With no more to do than one worker could, and a floor each 20 s that counts in 10 requests/s: (2, 2)."""
+    floor = {"profile": PROFILE, "interval": 20, "correction": False, "max_gpus": 16} | fields
+    return Asked(sim.ReactivePlanner(interval=10, max_gpus=16, floor=sim.SLAPlanner(**floor)))
+
+
+def test_a_floor_lifts_pools_at_once_and_holds_them_there():
+    asked = floored()
+    # 100 requests in each 10 s: as in the tests of SLAPlanner 1.1 and 1.25 workers, so two of each
+    assert asked.decide(view(3, 1, **demand(100, now=10.0))) == (-1, 0)  # no floor yet
+    assert asked.decide(view(2, 1, **demand(100, now=20.0))) == (0, 1)
+    assert asked.decide(view(2, 2, **demand(0, now=30.0))) == (0, 0)
+    # 3 requests/s of its interval, 60 in 20 s: 0.33 and 0.375 workers
+    assert asked.decide(view(2, 2, **demand(60, now=40.0))) == (-1, -1)
+    assert asked.decide(view(1, 1, **demand(400, now=50.0))) == (0, 0)
+    # 45 requests/s: 4.95 and 5.625 workers; all at once
+    assert asked.decide(view(1, 1, **demand(500, now=60.0))) == (4, 5)
+    assert asked.decide(view(7, 7, **demand(0, now=70.0))) == (-1, -1)
+
+
+def test_a_floor_adds_nothing_to_what_load_asks_for_above_it():
+    late = {"predicted_ttft": 9.0, "predicted_itl": 9.0}
+    assert floored().decide(view(2, 4, **late, **demand(200, now=20.0))) == (1, 1)
+    assert floored().decide(view(1, 1, **late, **demand(200, now=20.0))) == (1, 1)
+
+
+def test_a_floor_is_set_while_a_worker_starts_and_met_afterwards():
+    asked = floored()
+    starting = view(1, 2, ready=[1, 1, 0], starting=[0, 0, 1], **demand(200, now=20.0))
+    assert asked.decide(starting) == (0, 0)
+    assert asked.decide(view(1, 2, **demand(0, now=30.0))) == (1, 0)
+
+
+def test_a_floor_is_within_its_gpus_and_those_of_the_planner():
+    # 45 requests/s: 5 and 6 workers. floor(5 x 8 / 11) = 3, and 5
+    assert floored(max_gpus=8).decide(view(1, 1, **demand(900, now=20.0))) == (2, 4)
+    # 8 workers that decode more than the floor has, of 16 GPUs: none is taken for the prefill but by their load
+    busy = {"predicted_itl": 0.049}
+    assert floored().decide(view(2, 14, **busy, **demand(900, now=20.0))) == (0, 0)
+    assert floored().decide(view(2, 14, **demand(900, now=20.0))) == (1, -1)
+
+
+def test_a_floor_of_one_pool_needs_what_prefill_and_decode_need_together():
+    asked = floored()
+    assert asked.decide(view(0, 1, **demand(100, now=10.0))) == (0, 0)
+    assert asked.decide(view(0, 1, **demand(100, now=20.0))) == (0, 2)  # 2.35
+
+
+def test_a_floor_stays_as_it_is_where_nothing_is_known():
+    asked = floored()
+    assert asked.decide(view(3, 3, now=20.0)) == (-1, -1)
+    # Nothing has ended yet: the floor of decode workers stays at the minimum
+    assert asked.decide(view(2, 2, arrived=200, prompt_tokens=200_000, now=40.0)) == (0, -1)
+
+
+def test_a_floor_is_due_at_the_first_tick_after_its_interval():
+    planner = sim.ReactivePlanner(interval=0.1, floor=sim.SLAPlanner(profile=PROFILE, interval=0.25, correction=False))
+    asked = Asked(planner)
+    changes = [asked.decide(view(1, 1, **demand(1, now=0.1 * tick)))[1] for tick in range(1, 11)]
+    # At 0.3, 0.5, 0.8 and 1.0: 3, 2, 3 and 2 requests, 10 a second
+    assert changes == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    ticks = Asked(sim.ReactivePlanner(interval=0.1, floor=sim.SLAPlanner(profile=PROFILE, interval=0.3)))
+    over = []
+    for tick in range(1, 10):
+        ticks.decide(view(1, 1, **demand(1, now=tick * 0.1)))
+        over.append(ticks.memory[scaling.FLOOR_TICKS])
+    assert over == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_a_floor_is_corrected_by_means_over_its_interval():
+    asked = floored(correction=True)
+    # First tokens after 0.11 and 0.044 s, weighed by 50 and 150 requests: 0.0605, 0.55 of what is expected; ITLs of
+    # 0.05 and 0.07, weighed in the same way
+    asked.decide(view(2, 2, **demand(50, ttft=0.11, itl=0.05, now=10.0)))
+    asked.decide(view(2, 2, **demand(150, ttft=0.044, itl=0.07, now=20.0)))
+    assert asked.memory[scaling.FLOOR_MEMORY + scaling.PREFILL_FACTOR] == pytest.approx(0.55)
+    # 10 requests/s / 2 workers for 0.0605 + 99 x 0.065 s: 32.4775 at a time, for which 0.0424775 s are expected
+    factor = asked.memory[scaling.FLOOR_MEMORY + scaling.DECODE_FACTOR]
+    assert factor == pytest.approx(0.065 / 0.0424775)
+
+
+def test_a_floor_as_often_as_the_planner_is_that_of_its_planner():
+    rng = np.random.default_rng(3)
+    floor = SLA(interval=30, predictor="linear_trend", correction=True)
+    alone, asked = Asked(floor), Asked(sim.ReactivePlanner(interval=30, max_gpus=100, floor=floor))
+    # Without load its planner goes down by one where it may
+    idle = {"predicted_ttft": math.nan, "predicted_itl": math.nan}
+    for tick in range(1, 9):
+        there = rng.integers(1, 6, 2)
+        fields = demand(int(rng.integers(1, 500)), ttft=0.2, itl=0.03, now=30.0 * tick)
+        wanted = np.add(there, alone.decide(view(*there, **fields)))
+        reached = np.add(there, asked.decide(view(*there, **idle, **fields)))
+        assert list(reached) == list(np.maximum(wanted, there - (there > 1)))
+
+
 def test_the_last_worker_is_never_taken():
     for planner in (sim.ThroughputPlanner(), sim.ReactivePlanner()):
         assert Asked(planner).decide(view(1, 1)) == (0, 0)
@@ -544,7 +645,7 @@ def test_numbers_and_places():
     for name, planner in PLANNERS.items():
         numbers = planner.numbers()
         assert all(type(number) is float for number in numbers)
-        assert len(numbers) == (14 if name == "schedule" else scaling.NUMBERS)
+        assert len(numbers) == (14 if name == "schedule" else scaling.NUMBERS * (1 + name.endswith("floor")))
     assert sim.LoadPlanner().places("prefill", 1, 1, 1) == 7  # 8 GPUs, one of them for a decode worker
     assert sim.LoadPlanner(min_workers=2).places("decode", 1, 2, 1) == 3  # (8 - 2) / 2
     assert sim.LoadPlanner().places("decode", 12, 1) == 12
@@ -578,6 +679,19 @@ def test_numbers_and_places():
         (lambda: sim.ReactivePlanner(ttft=0), "ttft must be > 0, got 0"),
         (lambda: sim.ReactivePlanner(down_share=1.5), "down_share must be >= 0 and <= 1, got 1.5"),
         (lambda: sim.ReactivePlanner(min_workers=3).check_fleet(2, 1), "min_workers=3, which takes 9 GPUs, max_gpus=8"),
+        (
+            lambda: sim.ReactivePlanner(interval=10, floor=SLA(interval=5, max_gpus=8)),
+            "floor.interval must be >= interval, got floor.interval=5, interval=10",
+        ),
+        (
+            lambda: sim.ThroughputPlanner(max_gpus=6, floor=SLA(max_gpus=8)),
+            "floor.max_gpus must be <= max_gpus, got floor.max_gpus=8, max_gpus=6",
+        ),
+        (
+            lambda: sim.ReactivePlanner(floor=SLA(min_workers=3, max_gpus=8)).check_fleet(2, 1),
+            "floor: min_workers must fit into max_gpus, got min_workers=3, which takes 9 GPUs, max_gpus=8",
+        ),
+        (lambda: sim.ReactivePlanner(floor=sim.LoadPlanner()), "floor must be one of SLAPlanner"),
         (lambda: SLA(predictor="arima"), "predictor must be one of constant, moving_average, linear_trend, kalman"),
         (lambda: SLA(window=65), "window must be >= 1 and <= 64, got 65"),
         (lambda: SLA(observation_noise=0), "observation_noise must be > 0, got 0"),

@@ -2,7 +2,8 @@
 
 A planner looks at the fleet each `interval` (`decide`), some of them more often in between (`sample`). The rules are
 plain functions of numbers and small arrays, written so that numba can compile them (`compiled`): what they need of a
-planner is a row of numbers (`Planner.numbers`), what they remember is in an array that begins as zeros (`MEMORY`).
+planner is a row of numbers (`Planner.numbers`), behind them those of its floor; what they remember is in an array that
+begins as zeros (`MEMORY`).
 
 The rules are those of NVIDIA Dynamo's planners, learned from its public source and documentation
 (github.com/ai-dynamo/dynamo: `examples/llm/components/planner.py` and `docs/planner/load_planner.md` of the first
@@ -69,7 +70,14 @@ VALUES, LEVEL, TREND, LEVEL_VARIANCE, COVARIANCE, TREND_VARIANCE, RECENT = range
 MOST_WINDOW = 64
 SERIES = RECENT + MOST_WINDOW
 PROMPTS, OUTPUTS = REQUESTS + SERIES, REQUESTS + 2 * SERIES
-MEMORY = REQUESTS + 3 * SERIES  # float64s that any planner needs
+OWN_MEMORY = REQUESTS + 3 * SERIES  # float64s that any planner needs by itself
+
+# Memory of a floor: workers of each pool, how many of its intervals are over, what has come, gone and been waited for
+# since the last of them, and what the planner remembers that sets it
+FLOOR_PREFILL, FLOOR_DECODE, FLOOR_TICKS = range(OWN_MEMORY, OWN_MEMORY + 3)
+FLOOR_CAME, FLOOR_PROMPTS, FLOOR_ENDED, FLOOR_OUTPUTS, FLOOR_TTFT, FLOOR_ITL = range(OWN_MEMORY + 3, OWN_MEMORY + 9)
+FLOOR_MEMORY = OWN_MEMORY + 9
+MEMORY = FLOOR_MEMORY + OWN_MEMORY
 
 # The filter's variance before it has seen anything
 UNSURE = 1000.0
@@ -94,18 +102,23 @@ def counted(flags, first, last):
 
 
 def bounded(numbers, view, prefill_change, decode_change):
-    """Changes within the minimum of each pool and the GPUs of all, those of draining workers not counted.
+    """`within`, with the minimum of each pool. O(workers)."""
+    least = int(numbers[MIN_WORKERS])
+    return within(numbers, view, least, least, prefill_change, decode_change)
+
+
+def within(numbers, view, least_prefill, least_decode, prefill_change, decode_change):
+    """Changes within the least of each pool and the GPUs of all, those of draining workers not counted.
 
     Workers go first, so that their GPUs are free; then prefill workers come before others, for their queue fills decode
-    workers too (Dynamo's order in both generations). A pool below its minimum is brought to it. O(workers).
+    workers too (Dynamo's order in both generations). A pool below its least is brought to it. O(workers).
     """
     first = view.prefill_workers
     size = view.ready.size
-    least = int(numbers[MIN_WORKERS])
     prefill = counted(view.ready, 0, first) + counted(view.starting, 0, first)
     decode = counted(view.ready, first, size) + counted(view.starting, first, size)
-    more_prefill = max(prefill + int(prefill_change), least) - prefill if first > 0 else 0
-    more_decode = max(decode + int(decode_change), least) - decode
+    more_prefill = max(prefill + int(prefill_change), least_prefill) - prefill if first > 0 else 0
+    more_decode = max(decode + int(decode_change), least_decode) - decode
     room = int(numbers[MAX_GPUS]) - (prefill + min(more_prefill, 0)) * view.prefill_gpus
     room -= (decode + min(more_decode, 0)) * view.decode_gpus
     if more_prefill > 0:
@@ -397,8 +410,11 @@ def correct(numbers, view, memory, elapsed):
             memory[DECODE_FACTOR] = view.itl / expected
 
 
-def by_demand(numbers, view, memory):
-    """SLAPlanner at a tick: see there. O(workers + window)."""
+def demanded(numbers, view, memory, prefill_now, decode_now):
+    """As many workers as SLAPlanner has each pool have: see there. O(workers + window).
+
+    Those given where nothing is known. In one pool it's all of them.
+    """
     elapsed = view.now - memory[LAST_TICK]
     memory[LAST_TICK] = view.now
     if view.arrived > 0:
@@ -407,7 +423,7 @@ def by_demand(numbers, view, memory):
     if view.ended > 0:
         memory[OUTPUT] = view.output_tokens / view.ended
     if memory[SEEN] == 0.0 or elapsed <= 0.0:
-        return 0, 0
+        return prefill_now, decode_now
     if numbers[CORRECTS] != 0.0:
         correct(numbers, view, memory, elapsed)
     prefill_factor = memory[PREFILL_FACTOR] if memory[PREFILL_FACTOR] > 0.0 else 1.0
@@ -417,10 +433,7 @@ def by_demand(numbers, view, memory):
     prompt = predicted(numbers, memory, PROMPTS, memory[PROMPT])
     prefill = rate * prompt_seconds(numbers, prompt) * min(prefill_factor, 1.0)
     first = view.prefill_workers
-    size = view.ready.size
     least = numbers[MIN_WORKERS]
-    prefill_now = counted(view.ready, 0, first) + counted(view.starting, 0, first)
-    decode_now = counted(view.ready, first, size) + counted(view.starting, first, size)
     decode = float(decode_now)  # as long as nothing is known of outputs
     if memory[OUTPUT] > 0.0:
         output = predicted(numbers, memory, OUTPUTS, memory[OUTPUT])
@@ -429,7 +442,7 @@ def by_demand(numbers, view, memory):
             decode += prefill
     decode = max(math.ceil(min(decode, MANY)), least)
     if first == 0:
-        return 0, int(decode) - decode_now
+        return prefill_now, int(decode)
     prefill = max(math.ceil(min(prefill, MANY)), least)
     # More than there are GPUs for: each gets its share, at least the minimum
     gpus = prefill * view.prefill_gpus + decode * view.decode_gpus
@@ -438,7 +451,51 @@ def by_demand(numbers, view, memory):
         room = math.floor((most - least * view.decode_gpus) / view.prefill_gpus)
         prefill = max(min(room, math.floor(prefill * most / gpus)), least)
         decode = max(math.floor((most - prefill * view.prefill_gpus) / view.decode_gpus), least)
-    return int(prefill) - prefill_now, int(decode) - decode_now
+    return int(prefill), int(decode)
+
+
+def by_demand(numbers, view, memory):
+    """SLAPlanner at a tick: see there. O(workers + window)."""
+    first = view.prefill_workers
+    size = view.ready.size
+    prefill_now = counted(view.ready, 0, first) + counted(view.starting, 0, first)
+    decode_now = counted(view.ready, first, size) + counted(view.starting, first, size)
+    prefill, decode = demanded(numbers, view, memory, prefill_now, decode_now)
+    return prefill - prefill_now, decode - decode_now
+
+
+def set_floor(numbers, view, memory):
+    """Note what a floor is told at a tick; set it anew if one of its intervals is over. O(workers + window)."""
+    memory[FLOOR_CAME] += view.arrived
+    memory[FLOOR_PROMPTS] += view.prompt_tokens
+    memory[FLOOR_ENDED] += view.ended
+    memory[FLOOR_OUTPUTS] += view.output_tokens
+    if math.isfinite(view.ttft):
+        memory[FLOOR_TTFT] += view.ended * view.ttft
+    if math.isfinite(view.itl):
+        memory[FLOOR_ITL] += (view.output_tokens - view.ended) * view.itl
+    own = numbers[NUMBERS:]
+    over = math.floor(view.now / own[INTERVAL] + SLACK)
+    if over <= memory[FLOOR_TICKS]:
+        return
+    memory[FLOOR_TICKS] = over
+    ended = memory[FLOOR_ENDED]
+    gaps = memory[FLOOR_OUTPUTS] - ended
+    since = PlannerView(
+        view.ready, view.starting, view.running, view.waiting, view.kv_use, view.kv_waiting, view.queued_tokens,
+        view.predicted_ttft, view.own_ttft, view.predicted_itl, view.own_itl,
+        view.prefill_workers, view.prefill_gpus, view.decode_gpus, view.context_length, view.prefill_queue,
+        view.queue_tokens, int(memory[FLOOR_CAME]), int(memory[FLOOR_PROMPTS]), int(ended), int(memory[FLOOR_OUTPUTS]),
+        memory[FLOOR_TTFT] / ended if ended > 0.0 else math.nan,
+        memory[FLOOR_ITL] / gaps if gaps > 0.0 else math.nan,
+        view.now,
+    )  # fmt: skip
+    prefill, decode = int(memory[FLOOR_PREFILL]), int(memory[FLOOR_DECODE])
+    prefill, decode = demanded(own, since, memory[FLOOR_MEMORY:], prefill, decode)
+    memory[FLOOR_PREFILL] = prefill
+    memory[FLOOR_DECODE] = decode
+    for i in range(FLOOR_CAME, FLOOR_MEMORY):
+        memory[i] = 0.0
 
 
 def sample(code, numbers, view, memory):
@@ -460,6 +517,9 @@ def decide(code, numbers, view, memory):
     decode = 0
     if code == SLA:
         prefill, decode = by_demand(numbers, view, memory)
+    has_floor = numbers.size > NUMBERS
+    if has_floor:
+        set_floor(numbers, view, memory)
     if counted(view.starting, 0, view.starting.size) > 0:
         return 0, 0
     if code == THROUGHPUT:
@@ -467,14 +527,19 @@ def decide(code, numbers, view, memory):
         decode = kv_change(numbers, view)
     elif code == REACTIVE:
         prefill, decode = by_latency(numbers, view)
+    if has_floor:
+        least = int(numbers[MIN_WORKERS])
+        least_prefill = max(int(memory[FLOOR_PREFILL]), least)
+        least_decode = max(int(memory[FLOOR_DECODE]), least)
+        return within(numbers, view, least_prefill, least_decode, prefill, decode)
     return bounded(numbers, view, prefill, decode)
 
 
 # Whatever a rule calls comes before it
 RULES = (
-    *(counted, bounded, next_change, by_schedule, load_sample, by_load, kv_change, queue_change, ttft_change),
+    *(counted, within, bounded, next_change, by_schedule, load_sample, by_load, kv_change, queue_change, ttft_change),
     *(itl_change, by_latency, filtered, predicted, prompt_seconds, decode_seconds, most_requests, token_seconds),
-    *(correct, by_demand, sample, decide),
+    *(correct, demanded, by_demand, set_floor, sample, decide),
 )
 
 
@@ -837,7 +902,57 @@ class SLAPlanner(IntervalPlanner, frozen=True, kw_only=True, tag=True):
         )
 
 
-class ThroughputPlanner(IntervalPlanner, frozen=True, kw_only=True, tag=True):
+class FlooredPlanner(IntervalPlanner, frozen=True, kw_only=True, tag=True):
+    """What planners by load have in common: a floor that another planner sets, by the load that it predicts.
+
+    Parameters
+    ----------
+    floor : SLAPlanner, optional
+        At the first tick after each of its intervals it says how many workers each pool has at least from then on; a
+        pool that has fewer is brought there at that tick, as far as there are GPUs and none starts. Before that, and
+        without one, `min_workers` counts.
+
+    Raises
+    ------
+    ValueError
+        When a field has a wrong value, or the floor looks more often than the planner or has more GPUs.
+
+    Notes
+    -----
+    Dynamo's second generation has such a floor where both kinds of scaling are on: each 180 s unless told otherwise,
+    without `correction`. In its earlier releases it counts from the planner's next tick on.
+    """
+
+    floor: SLAPlanner | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.floor is None:
+            return
+        if self.floor.interval < self.interval:
+            raise ValueError(
+                f"floor.interval must be >= interval, got floor.interval={self.floor.interval:g}, "
+                f"interval={self.interval:g}"
+            )
+        if self.floor.max_gpus > self.max_gpus:
+            raise ValueError(
+                f"floor.max_gpus must be <= max_gpus, got floor.max_gpus={self.floor.max_gpus}, "
+                f"max_gpus={self.max_gpus}"
+            )
+
+    def check_fleet(self, decode_gpus: int, prefill_gpus: int | None = None) -> None:
+        super().check_fleet(decode_gpus, prefill_gpus)
+        if self.floor is not None:
+            try:
+                self.floor.check_fleet(decode_gpus, prefill_gpus)
+            except ValueError as error:
+                raise ValueError(f"floor: {error}") from None
+
+    def numbers(self) -> tuple[float, ...]:
+        return super().numbers() + (() if self.floor is None else self.floor.numbers())
+
+
+class ThroughputPlanner(FlooredPlanner, frozen=True, kw_only=True, tag=True):
     """Thresholds on what waits now (the default of Dynamo's second generation).
 
     One more prefill worker if any has `queue_high` x the context length or more prompt tokens in its queue, one less if
@@ -895,7 +1010,7 @@ class ThroughputPlanner(IntervalPlanner, frozen=True, kw_only=True, tag=True):
         return self.queue_low, self.queue_high, self.kv_low, self.kv_high
 
 
-class ReactivePlanner(IntervalPlanner, frozen=True, kw_only=True, tag=True):
+class ReactivePlanner(FlooredPlanner, frozen=True, kw_only=True, tag=True):
     """Latencies that each worker is predicted to have (Dynamo's second generation, target "sla", scaling by load).
 
     One more prefill worker if the next request's TTFT would exceed `ttft` at all of them, one more decode worker if the
