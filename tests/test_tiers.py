@@ -1,6 +1,7 @@
 """Tiers below the caches of a fleet's workers: a literal oracle, and what can be told by hand."""
 
 import random
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -49,6 +50,22 @@ def a_tiered_pool(rng, block_size, orders, roomy):
     return pool, tier_oracle.TieredWorkers(**vars(literal), tiers=tiers)
 
 
+def a_crowded_pool(rng, block_size, orders, roomy):
+    """`a_tiered_pool` with few slots, and memory for one to three of the longest requests of `a_crowd`."""
+    pool, literal = a_tiered_pool(rng, block_size, orders, roomy)
+    while literal.tiers is None or literal.tiers.host_blocks < 5:
+        pool, literal = a_tiered_pool(rng, block_size, orders, roomy)
+    longest = -(-72 // block_size)
+    reserved = getattr(pool.batcher, "reserve_tokens", None) or 0
+    blocks = max(rng.randint(longest, 3 * longest), -(-reserved // block_size))
+    slots = min(literal.slots, rng.choice([1, 2, 2, 3, 6]))
+    memory = msgspec.structs.replace(pool.kv_cache, blocks=blocks)
+    return (
+        msgspec.structs.replace(pool, max_batch_size=slots, kv_cache=memory),
+        replace(literal, slots=slots, blocks=blocks),
+    )
+
+
 def check_tiers(run, result):
     """What `check_against` has, and what came up for each request, when, and what each tier did."""
     check_against(run, result)
@@ -80,13 +97,19 @@ def check_tiers(run, result):
     assert not (parts < 0).any()
 
 
-def a_recurring_trace(rng, block_size):
+def a_crowd(rng):
+    """Times of arrival of requests that come many at a time."""
+    apart, lasts = rng.choice([100, 500, 2000]), rng.choice([0, 5, 30, 200])
+    return [apart * i + rng.randint(0, lasts) for i in range(rng.randint(3, 8)) for _ in range(rng.randint(2, 10))]
+
+
+def a_recurring_trace(rng, block_size, times=None, least=0):
     """(the oracle's requests, the load) of prompts that come again and again, after others have needed the memory."""
-    groups = [[(group, i) for i in range(30)] for group in range(rng.randint(2, 6))]
+    groups = [[(group, i) for i in range(60)] for group in range(rng.randint(2, 6))]
     latest = rng.choice([200, 1000, 3000])
     requests = []
-    for arrived_at in sorted(rng.randint(0, latest) for _ in range(rng.randint(5, 40))):
-        blocks = rng.randint(0, 60 // block_size)
+    for arrived_at in sorted(times or [rng.randint(0, latest) for _ in range(rng.randint(5, 40))]):
+        blocks = rng.randint(least // block_size, 60 // block_size)
         prompt = blocks * block_size + rng.randint(1, block_size)
         ids = rng.choice(groups)[:blocks] if rng.random() < 0.9 else []
         requests.append(token_oracle.Request(float(arrived_at), prompt, rng.randint(1, 12), ids))
@@ -112,6 +135,18 @@ def check_trace(seed, apart):
     check_tiers(fleet.run(limit), result)
 
 
+def check_crowd(seed, apart):
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 4, 16, 5])
+    requests, load = a_recurring_trace(rng, block_size, a_crowd(rng), rng.choice([0, 20, 40]))
+    orders = ["fcfs", "fcfs", *token_oracle.ORDERS]
+    fleet, literal, overheads = a_fleet(rng, apart, load, block_size, orders, make=a_crowded_pool)
+    limit = rng.choice([None, None, 1000.0])
+    result = tier_oracle.simulate(requests, literal, overheads=overheads, time_limit=limit or np.inf, draw=draws(load))
+    assert limit or not result.stuck
+    check_tiers(fleet.run(limit), result)
+
+
 def check_talks(seed, apart):
     rng = random.Random(seed)
     block_size = rng.choice([1, 4, 5])
@@ -134,7 +169,7 @@ def check_talks(seed, apart):
     check_tiers(fleet.run(limit), result)
 
 
-CHECKS = {"trace": check_trace, "talks": check_talks}
+CHECKS = {"trace": check_trace, "crowd": check_crowd, "talks": check_talks}
 
 
 @pytest.mark.parametrize("load", CHECKS)
@@ -274,6 +309,48 @@ def test_where_gpu_memory_is_endless_tiers_change_nothing():
         assert float(plain.metrics[name]) == float(tiered.metrics[name]), name
     assert float(tiered.metrics.host_hit_rate) == 0.0
     assert int(tiered.tiers.came.sum()) > 0
+
+
+def test_a_request_is_brought_up_once_all_of_its_prompt_fits_beside_those_ahead_and_nobody_overtakes_it():
+    # From 40 on 8 blocks come up for each of two, which need 9. The block of the third is gone from GPU memory by then:
+    # it needs 13, and 20 - 2 x 9 are free. The last would find 2, and finds the third before it.
+    requests = [(0.0, FIRST), (10.0, THIRD), (20.0, OTHER), (40.0, FIRST), (40.0, THIRD)]
+    requests += [(40.1, [OTHER[10], *range(300, 311)]), (40.2, [400])]
+    run = a_cluster(requests, tiers()).run().requests
+    moved = 2 * len(FIRST) * BLOCK * BYTES / 1e9
+    np.testing.assert_allclose(run.onboarding_ended_at.values[3:5], 40 + moved)
+    left = 40 + moved + 3 * BASE + 2 * PER_TOKEN  # a token of each prompt is left to compute
+    np.testing.assert_allclose(run.completed_at.values[3:5], left)
+    assert run.onboarding_began_at.values[5] == run.started_at.values[6] == run.completed_at.values[3]
+    assert run.host_hit_tokens.values[5] == BLOCK
+
+
+def test_no_more_are_brought_up_than_there_are_slots():
+    requests = [(0.0, FIRST), (10.0, THIRD), (20.0, OTHER), (40.0, FIRST), (40.0, THIRD)]
+    cluster = a_cluster(requests, tiers())
+    one = msgspec.structs.replace(cluster, pool=msgspec.structs.replace(cluster.pool, max_batch_size=1))
+    both, alone = cluster.run().requests, one.run().requests
+    assert both.onboarding_began_at.values[4] == both.onboarding_began_at.values[3] == 40.0
+    assert alone.onboarding_began_at.values[4] == alone.completed_at.values[3] > 40.0
+
+
+def test_a_worker_under_a_high_load_completes_no_less_with_lower_tiers():
+    def completed(below):
+        load = sim.PoissonLoadGenerator(
+            request_rate=10.0,
+            prompt_tokens=sim.LogNormal(mean=200, std=200),
+            output_tokens=150,
+            prefix=sim.SharedPrefix(tokens=4096, groups=500, exponent=0.8),
+        )
+        memory = sim.KVCache(blocks=4000, prefix_caching=True, tiers=below)
+        step = sim.LinearStepTime(base=6e-3, per_request=6e-5, per_prefill_token=4e-5)
+        pool = sim.Pool(workers=1, max_batch_size=64, step_time=step, kv_cache=memory)
+        run = sim.Cluster(pool=pool, router=sim.RoundRobinRouter(), load_generator=load).run(200)
+        return int(run.metrics.completed)
+
+    below = tiers(kv_bytes_per_token=131_072.0, host_bandwidth=14e9)
+    few, many = (msgspec.structs.replace(below, host_blocks=blocks) for blocks in (20_000, 200_000))
+    assert completed(None) < completed(few) < completed(many)
 
 
 def a_busy_cluster(**fields):

@@ -5,6 +5,18 @@
 `fleet` has `TieredWorkers`, some of which have `Tiers`. Ends of flows between tiers come after ends of transfers and
 before arrivals; those of one instant in the order host memory's to requests, the disk's to requests, batches by worker,
 tier and place.
+
+Requests come to a worker with tiers one after the other. Each goes on to its queue, or has what lower tiers hold of it
+be brought up before; but whoever comes while others stand in the line there stands behind them. Those that wait in the
+queue (or inbox), or are being brought up, are ahead of the first in the line. It is brought up when
+
+    they and those that run are fewer than the worker's slots, and
+    the blocks for all of its tokens (those that a batcher reserves, if it does) that it doesn't share with others are
+    free, beside those for all tokens of each that is ahead of it, less what that one holds, and beside the watermark.
+
+What each one ahead may find in GPU memory isn't looked at, if it holds nothing yet. Those whose prompts were moved here
+lack nothing. If nothing is to be brought up for the first in the line it goes on at once. The line is looked at
+whenever blocks come free beside a step, before each step, and when none follows.
 """
 
 from collections import Counter, OrderedDict
@@ -108,8 +120,20 @@ class TieredWorker(Worker):
     tiers: list[Tier] = field(default_factory=list)  # host memory, disk
     sightings: Counter[Hashable] = field(default_factory=Counter)
     talks: bool = False  # requests have ids for what they generate
-    rising: int = 0
+    rising: list[FleetRequest] = field(default_factory=list)
     done: list[FleetRequest] = field(default_factory=list)  # ended, not yet left, as they ended
+
+    def for_all_tokens(self, request: FleetRequest) -> int:
+        """Blocks that it holds when all of its tokens are computed, or that are reserved for it."""
+        reserved = getattr(self.batcher, "reserved", None)
+        return reserved(self, request) if reserved else self.needed(request.known)
+
+    def ahead(self) -> list[FleetRequest]:
+        """Those ahead of the line that aren't admitted yet."""
+        return self.waiting + self.inbox + self.rising
+
+    def lacks(self, request: FleetRequest) -> int:
+        return 0 if request.moved else self.for_all_tokens(request) - len(request.blocks)
 
     def who_gives_way(self) -> FleetRequest | None:
         return None if self.rising else super().who_gives_way()
@@ -298,11 +322,12 @@ class TieredSimulation(fleet_oracle.Simulation):
     def send(self, worker: TieredWorker, request: FleetRequest) -> None:
         if worker.declared is None or request.holds:
             super().send(worker, request)
-        elif not self.rise(worker, request, bool(worker.reservations)):
+        elif worker.reservations or not self.rise(worker, request):
+            request.enqueued_at = self.now  # it waits there
             request.in_line = True
             worker.reservations.append(request)
 
-    def rise(self, worker: TieredWorker, request: FleetRequest, others_wait: bool) -> bool:
+    def rise(self, worker: TieredWorker, request: FleetRequest) -> bool:
         size = worker.block_size
         if worker in self.decode:
             worker.register_done()
@@ -318,9 +343,14 @@ class TieredSimulation(fleet_oracle.Simulation):
             super().send(worker, request)
             return True
         request.enqueued_at = self.now  # it waits there
+        ahead = worker.ahead()
+        if len(worker.running) + len(ahead) >= worker.slots:
+            return False
         idle = sum(worker.pool.holders[block] == 0 for block in found)
+        more = worker.for_all_tokens(request) - len(found) + idle
+        promised = sum(worker.lacks(each) for each in ahead)
         kept = worker.kept_free if worker.running or worker.used else 0
-        if others_wait or len(worker.pool.free) - (len(places) + idle) < kept:
+        if len(worker.pool.free) - promised - more < kept:
             return False
         for block in found:
             worker.pool.share(block)
@@ -330,7 +360,7 @@ class TieredSimulation(fleet_oracle.Simulation):
         request.rose = len(request.blocks) * size
         self.note(request, "rose_tokens", [sum(at == number for at, _ in places) * size for number in (0, 1)])
         self.note(request, "rise_began_at", self.now)
-        worker.rising += 1
+        worker.rising.append(request)
         request.pending = 0
         for number in (0, 1):
             blocks = sum(at == number for at, _ in places)
@@ -357,7 +387,7 @@ class TieredSimulation(fleet_oracle.Simulation):
         request.pending -= 1
         if request.pending:
             return
-        worker.rising -= 1
+        worker.rising.remove(request)
         self.note(request, "rise_ended_at", self.now)
         for i in range(found, len(request.blocks)):
             worker.pool.name(request.blocks[i], request.block_id(i))
@@ -380,7 +410,7 @@ class TieredSimulation(fleet_oracle.Simulation):
                 else:
                     self.begin_transfer(super_one)
                 continue
-            if not self.rise(worker, request, False):
+            if not self.rise(worker, request):
                 break
             worker.reservations.pop(0)
             request.in_line = False

@@ -517,7 +517,7 @@ class NoEvict(Batcher):
                 break
             if not engine.admit(head, hold=self.reserved(engine, head)):
                 break
-            engine.compute(head, min(head.rest, engine.left(budget)))
+            engine.compute(head, min(head.rest, engine.left(budget)) if self.chunked else head.rest)
 
 
 @dataclass

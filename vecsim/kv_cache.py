@@ -36,12 +36,13 @@ class CacheTiers(Declaration, frozen=True, kw_only=True):
 
     *Up.* When a request comes to a worker, what counts as found is the blocks that its prompt begins with in GPU
     memory, then those that follow in host memory or on disk (host memory if in both). If there are any of the latter,
-    GPU blocks for them are taken and those in GPU memory held; where too few are free, the request waits in a line for
-    them, and looks anew each time. Then they move: those of each tier over its upward link, shared equally by the
-    requests that are on it. Requests that want the same blocks bring up a copy each. When all have come they are
-    registered, and the request joins its worker's queue. Should the worker find nothing that it can do then, the last
-    that waits gives its blocks back, and computes all anew. Requests that were preempted look in GPU memory alone, and
-    so does a decode worker for a prompt that is prefilled elsewhere: what it lacks is moved there.
+    GPU blocks for them are taken and those in GPU memory held, once there are slots for it beside those that run and
+    those ahead that don't yet, and blocks for all tokens of it and of the latter. Until then it stands in a line, looks
+    anew each time, and whoever comes stands behind it. Then they move: those of each tier over its upward link, shared
+    equally by the requests that are on it. Requests that want the same blocks bring up a copy each. When all have come
+    they are registered, and the request joins its worker's queue. Should the worker find nothing that it can do then,
+    the last that waits gives its blocks back, and computes all anew. Requests that were preempted look in GPU memory
+    alone, and so does a decode worker for a prompt that is prefilled elsewhere: what it lacks is moved there.
 
     A worker that starts, or starts again, has nothing in any tier.
 

@@ -1003,7 +1003,11 @@ def gives_way(world, worker):
         return False
     p = world.groups[kind_of(world, worker)]
     return yield_blocks(
-        view(world, worker, world.work.gaps), world.load.arrived_at, cache_of(world, worker), memory_of(p), policy_of(p)
+        view(world, worker, world.work.gaps),
+        visiting(world, worker),
+        cache_of(world, worker),
+        memory_of(p),
+        policy_of(p),
     )
 
 

@@ -122,6 +122,7 @@ from vecsim.kernel.token_state import (
     GONE,
     HELD,
     KV,
+    LACKS,
     LAST_AT,
     LAST_DECODE,
     LATE,
@@ -265,7 +266,7 @@ def stop_moving(world, request, t):
 def forget_blocks(world, own, owned, request, side):
     """A request has no blocks that could be found, nor does it find those that it left at an earlier worker."""
     r = unsigned(request)
-    own[HELD, r] = 0
+    own[HELD, r] = own[LACKS, r] = 0
     if owned.shape[1] > 0:
         owned[RUN_NODE, r] = -1
         owned[NAMED, r] = 0

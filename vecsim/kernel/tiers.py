@@ -42,8 +42,16 @@ from vecsim.kernel.tier_sets import (
     renew,
     store,
 )
-from vecsim.kernel.token_batch import take_blocks
-from vecsim.kernel.token_scenarios import BLOCK_BYTES, CAPACITY, DISK_AFTER, IN_FLIGHT, OFFLOAD_BATCH, memory_of
+from vecsim.kernel.token_batch import for_all_tokens, promise, take_blocks
+from vecsim.kernel.token_scenarios import (
+    BLOCK_BYTES,
+    CAPACITY,
+    DISK_AFTER,
+    IN_FLIGHT,
+    OFFLOAD_BATCH,
+    memory_of,
+    policy_of,
+)
 from vecsim.kernel.token_state import (
     BROUGHT,
     END_TIME,
@@ -51,15 +59,18 @@ from vecsim.kernel.token_state import (
     HELD,
     HIT,
     HIT_TOKENS,
+    INBOX,
     KV,
     PINNED,
     PINNED_BROUGHT,
     PREEMPTIONS,
+    PROMISED,
     PROMPT_TOKENS,
     QUEUED,
     RUNNING,
     SINCE,
     STATE,
+    WAITING,
     blocks_with_ids,
     full_blocks,
 )
@@ -73,6 +84,7 @@ from vecsim.kernel.world import (
     prefills_only,
     send,
     view,
+    visiting,
 )
 
 # A worker's links with each tier
@@ -233,17 +245,18 @@ def batch_moved(world, batch, t):
 
 
 @bare
-def begin_rise(world, request, worker, others_wait, t):
+def begin_rise(world, request, worker, t):
     """Have what lower tiers hold of a request be brought up; returns whether it could, or there was nothing.
 
-    Then it is on its way to the worker's queue. The worker is at its first boundary from `t` on.
+    Then it is on its way to the worker's queue. The worker is at its first boundary from `t` on. Those ahead of it have
+    what they lack of blocks: else what is brought up for those behind could keep the first from being admitted.
     """
     tiers, fleet, load = world.tiers, world.fleet, world.load
     work, cache = view(world, worker, world.work.gaps), cache_of(world, worker)
     counts, own = work.counts, work.own
     r, w = unsigned(request), unsigned(worker)
     p = world.groups[kind_of(world, worker)]
-    memory = memory_of(p)
+    memory, policy = memory_of(p), policy_of(p)
     if not prefills_only(world, worker):
         name_ended(world, worker)
     known = whole(load.prompt_tokens[r]) + whole(own[GENERATED, r])
@@ -258,13 +271,15 @@ def begin_rise(world, request, worker, others_wait, t):
                 break
             on_disk += 1
         total += 1
+    hold = for_all_tokens(policy, memory, visiting(world, worker), request, whole(own[GENERATED, r]))
     if total == found:
+        promise(counts, own, request, hold)
         enter_queue(world, request, worker, t)
         return True
     own[STATE, r] = QUEUED
-    if others_wait:
+    if counts[RUNNING] + counts[WAITING] + counts[INBOX] + tiers.numbers[RISING, w] >= policy.slots:
         return False
-    needed = total - found + idle
+    needed = hold - found + idle + counts[PROMISED]
     if counts[RUNNING] > 0 or counts[FREE] < fleet.blocks[w]:
         needed += memory.watermark
     if needed > counts[FREE]:
@@ -278,6 +293,7 @@ def begin_rise(world, request, worker, others_wait, t):
         renew(tiers, worker, whole(HOST if is_in(tiers, worker, HOST, id_) else DISK), id_)
     in_host = total - found - on_disk
     own[HELD, r] = total
+    promise(counts, own, request, hold - total)
     if own[PREEMPTIONS, r] == 0:
         own[HIT, r] = total * memory.block_size
         if load.arrived_at[r] >= world.warmup:
@@ -316,12 +332,16 @@ def enter_queue(world, request, worker, t):
 
 @bare
 def ask(world, request, worker, t):
-    """A request comes to a worker that has lower tiers: it waits from now on."""
+    """A request comes to a worker that has lower tiers: it waits from now on. Returns whether none is in the line."""
     work = view(world, worker, world.work.gaps)
     r = unsigned(request)
     work.times[SINCE, r] = t
     world.tiers.instants[ASKED_AT, r] = t
     world.tiers.way[AT, r] = worker
+    first = world.fleet.waiting[unsigned(2 * worker)] < 0
+    if not first:
+        work.own[STATE, r] = QUEUED
+    return first
 
 
 @bare
@@ -406,7 +426,7 @@ def write_means(world):
 
 @bare_entry
 def tiers_act(world, what, request, worker, t):
-    """What concerns tiers at `t`; returns 1, or 0 where a request has to wait for blocks.
+    """What concerns tiers at `t`; returns 1, or 0 where a request has to wait in the line.
 
     The fleet's loop calls it by its address: fleets without tiers need not have it compiled.
     """
@@ -415,10 +435,9 @@ def tiers_act(world, what, request, worker, t):
     elif what == OFFERS:
         offer_new(world, worker, t)
     elif what == COMES:
-        ask(world, request, worker, t)
-        return whole(begin_rise(world, request, worker, world.fleet.waiting[unsigned(2 * worker)] >= 0, t))
+        return whole(ask(world, request, worker, t) and begin_rise(world, request, worker, t))
     elif what == RISES:
-        return whole(begin_rise(world, request, worker, False, t))
+        return whole(begin_rise(world, request, worker, t))
     elif what == CLEARS:
         clear(world, worker, t)
     elif what == BEGINS:

@@ -70,6 +70,7 @@ from vecsim.kernel.token_state import (
     HEAP,
     HELD,
     HORIZON,
+    INBOX,
     INBOX_HEAD,
     ISSUED,
     KV,
@@ -398,6 +399,7 @@ def simulate(place, kind, time_limit):
                 while due <= t:
                     if counts[INBOX_HEAD] >= 0:
                         request = take_first(counts, own, INBOX_HEAD)
+                        counts[INBOX] -= 1
                         dynamic_due = np.inf if counts[INBOX_HEAD] < 0 else -np.inf
                     else:
                         request, static_due, dynamic_due = take_arrival(work, load, static, static_due, dynamic_due)

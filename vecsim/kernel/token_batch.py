@@ -40,6 +40,7 @@ from vecsim.kernel.token_state import (
     HIT,
     HIT_TOKENS,
     KV,
+    LACKS,
     LAST_AT,
     LAST_DECODE,
     NEWCOMERS,
@@ -51,6 +52,7 @@ from vecsim.kernel.token_state import (
     PREEMPTIONS,
     PREFILL,
     PREFILLING,
+    PROMISED,
     PROMPT_TOKENS,
     QUEUE_HEAD,
     QUEUED,
@@ -139,6 +141,36 @@ def drop_empty_groups(counts, joined, joined_at):
     counts[GROUPS] = kept
 
 
+@inlined
+def reservation(policy, prompt, output, cap):
+    """Tokens that there must be blocks for, at some time in a request's life."""
+    if policy.hold == RESERVED:
+        return policy.reserve_tokens if policy.reserve_tokens > 0 else prompt + cap
+    if policy.ratio > 0.0:
+        return max(prompt + min(cap, policy.room_tokens) + policy.page, prompt + output)
+    return prompt + output
+
+
+@inlined
+def for_all_tokens(policy, memory, load, request, generated):
+    """Blocks that a request holds when all of its tokens are computed, or that are reserved at its admission."""
+    r = unsigned(request)
+    tokens = whole(load.prompt_tokens[r])
+    if policy.hold == RESERVED:
+        tokens = reservation(policy, tokens, whole(load.output_tokens[r]), whole(load.max_tokens[r]))
+    else:
+        tokens += generated
+    return blocks_for(tokens, memory.block_size, memory.shift)
+
+
+@inlined
+def promise(counts, own, request, blocks):
+    """Note how many blocks a request lacks while it waits."""
+    r = unsigned(request)
+    counts[PROMISED] += blocks - own[LACKS, r]
+    own[LACKS, r] = blocks
+
+
 @bare
 def preempt(work, load, cache, memory, policy, request, t):
     """Free all that a running request holds; it waits again, and will compute its tokens anew."""
@@ -183,6 +215,7 @@ def preempt(work, load, cache, memory, policy, request, t):
     own[COMPUTED, r] = 0
     own[KV, r] = min(own[KV, r], 0)
     own[PREEMPTIONS, r] += 1
+    promise(counts, own, request, for_all_tokens(policy, memory, load, request, whole(own[GENERATED, r])))
     times[SINCE, r] = t
     counts[PREEMPTED] += 1
     counts[WAITING] += 1
@@ -253,19 +286,20 @@ def last_holder(work, arrived_at, policy):
 
 
 @bare
-def yield_blocks(work, arrived_at, cache, memory, policy):
+def yield_blocks(work, load, cache, memory, policy):
     """Have the last in the queue of those that hold blocks there give them back; returns whether there was one.
 
     What was brought for it is lost: it will compute all anew.
     """
     counts, own = work.counts, work.own
-    last = last_holder(work, arrived_at, policy)
+    last = last_holder(work, load.arrived_at, policy)
     if last < 0:
         return False
     r = unsigned(last)
     give_back(memory, work, cache, last, full_blocks(whole(own[HIT, r]), memory.block_size, memory.shift))
     own[KV, r] = not_brought(own, last)
     own[PREEMPTIONS, r] += 1
+    promise(counts, own, last, for_all_tokens(policy, memory, load, last, whole(own[GENERATED, r])))
     counts[PREEMPTED] += 1
     counts[BLOCKED] = 0
     return True
@@ -278,7 +312,7 @@ def is_spared(work, load, cache, memory, policy):
     return (
         not load.alone
         and counts[DECODING] + counts[PREFILLING] == 1
-        and yield_blocks(work, load.arrived_at, cache, memory, policy)
+        and yield_blocks(work, load, cache, memory, policy)
     )
 
 
@@ -326,16 +360,6 @@ def schedule(work, cache, memory, request, tokens, hold):
     chunk_of[unsigned(counts[CHUNKS])] = request
     chunk_tokens[unsigned(counts[CHUNKS])] = tokens
     counts[CHUNKS] += 1
-
-
-@inlined
-def reservation(policy, prompt, output, cap):
-    """Tokens that there must be blocks for, at some time in a request's life."""
-    if policy.hold == RESERVED:
-        return policy.reserve_tokens if policy.reserve_tokens > 0 else prompt + cap
-    if policy.ratio > 0.0:
-        return max(prompt + min(cap, policy.room_tokens) + policy.page, prompt + output)
-    return prompt + output
 
 
 @inlined
@@ -467,6 +491,7 @@ def admit(work, load, cache, memory, policy, own_rule, left, sent, free_before, 
             take_first(counts, own, QUEUE_HEAD)
         else:
             counts[HEAP] = leave(counts[HEAP], own[AFTER], own[BEFORE], times[RANK], arrived_at)
+        promise(counts, own, request, whole(0))
         counts[WAITING] -= 1
         counts[RUNNING] += 1
         sums[BACKLOG] += max(t - max(times[SINCE, r], measured_from), 0.0)

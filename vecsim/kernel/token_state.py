@@ -16,12 +16,13 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
     PREEMPTED, DROPPED, GAPS, GAP_LOW, GAP_HIGH, MAX_QUEUE, STEPS, SCHEDULED, TOKENS, PROMPT_TOKENS, HIT_TOKENS, PEAK,
     ENDED, COMING, ISSUED, CLIPPED, OPEN, OPEN_SUM, ENQUEUED, CHUNKS, DECODES, DECODE_CONTEXT, BLOCKED, STARVED, GROUPS,
     TAKEN, STATUS, ALL_STEPS, ARRIVALS, NEWCOMERS, INBOX_HEAD, INBOX_TAIL, MEASURING, REPORTED, LEFT, LEFT_BLOCKS,
-    BEGUN_BLOCKS, BEGINNING, COUNTS,
-) = range(52)  # fmt: skip
+    BEGUN_BLOCKS, BEGINNING, INBOX, PROMISED, COUNTS,
+) = range(54)  # fmt: skip
 
 # `INBOX_HEAD` is the first of those sent to a worker that it hasn't looked at. For routers: `LEFT` requests have
 # ended, with so many `BLOCKS`; `BEGUN_BLOCKS` are the `NEW_BLOCKS` of those that have a first token. `BEGINNING` of
-# them, and the ended ones from `REPORTED` on, are so only when the step that is under way ends.
+# them, and the ended ones from `REPORTED` on, are so only when the step that is under way ends. `INBOX` is how many
+# are in the inbox, `PROMISED` the sum of what those that wait lack.
 
 # Places in `sums`
 # A worker of a fleet doesn't coast at once: up to `HORIZON` (0: it does) it finds out when something else can happen,
@@ -50,11 +51,12 @@ FIRST_COME, SHORTEST_PROMPT, PRIORITY, DEADLINE, SHORTEST_OUTPUT = range(5)
 # `KV` is one more than the tokens whose keys and values were brought here for it, 0 if none were; `PINNED` if what it
 # holds stays when it ends, `PINNED_ALONE` when it has ended and has no slot any more. A router has counted `BLOCKS` of
 # its prompt, `NEW_BLOCKS` of which it took to be new. `KV` is `BROUGHT` (`PINNED_BROUGHT` for `PINNED`) while it waits
-# with blocks that are all that was found of its prompt, in lower tiers too.
+# with blocks that are all that was found of its prompt, in lower tiers too. It lacks `LACKS` blocks while it waits:
+# known only where there are lower tiers.
 (
     COMPUTED, GENERATED, END, PLACE, AFTER, BEFORE, RESIDUE, HELD, HIT, PREEMPTIONS, STATE, STARVING, LATE, BLOCKS,
-    NEW_BLOCKS, KV, OWN_ROWS,
-) = range(17)  # fmt: skip
+    NEW_BLOCKS, LACKS, KV, OWN_ROWS,
+) = range(18)  # fmt: skip
 
 PINNED, PINNED_ALONE, BROUGHT, PINNED_BROUGHT = range(-1, -5, -1)
 

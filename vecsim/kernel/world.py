@@ -34,6 +34,7 @@ from vecsim.kernel.token_state import (
     GAP_SUM,
     GAPS,
     HIT_TOKENS,
+    INBOX,
     INBOX_HEAD,
     LONGEST,
     MAX_QUEUE,
@@ -312,6 +313,7 @@ def send(world, request, worker, t):
     else:
         work.times[SINCE, r] = t
     put_last(fleet.counts[w], own, INBOX_HEAD, request)
+    fleet.counts[w, INBOX] += 1
     wake(world, worker, t)
 
 
