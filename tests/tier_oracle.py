@@ -16,7 +16,8 @@ queue (or inbox), or are being brought up, are ahead of the first in the line. I
 
 What each one ahead may find in GPU memory isn't looked at, if it holds nothing yet. Those whose prompts were moved here
 lack nothing. If nothing is to be brought up for the first in the line it goes on at once. The line is looked at
-whenever blocks come free beside a step, before each step, and when none follows.
+whenever blocks come free beside a step, before each step and after it has been formed; before it, only those that wait
+to be brought up are.
 """
 
 from collections import Counter, OrderedDict
@@ -399,21 +400,21 @@ class TieredSimulation(fleet_oracle.Simulation):
         if worker.boundary == inf:  # no step follows
             self.offer_new(worker)
         while worker.reservations:
-            request = worker.reservations[0]
-            if not getattr(request, "in_line", False):
-                if not worker.reserve(request):
-                    break
-                super_one = worker.reservations.pop(0)
-                super_one.reserved_at = self.now
-                if super_one.prefill_ended_at is None:
-                    self.go_to_prefill(super_one)
-                else:
-                    self.begin_transfer(super_one)
-                continue
-            if not self.rise(worker, request):
+            self.rise_in_turn(worker)
+            if not worker.reservations or in_line(worker.reservations[0]):
                 break
-            worker.reservations.pop(0)
-            request.in_line = False
+            if not worker.reserve(worker.reservations[0]):
+                break
+            request = worker.reservations.pop(0)
+            request.reserved_at = self.now
+            if request.prefill_ended_at is None:
+                self.go_to_prefill(request)
+            else:
+                self.begin_transfer(request)
+
+    def rise_in_turn(self, worker: TieredWorker) -> None:
+        while worker.reservations and in_line(worker.reservations[0]) and self.rise(worker, worker.reservations[0]):
+            worker.reservations.pop(0).in_line = False
 
     def stays(self, request: FleetRequest, worker: TieredWorker) -> bool:
         if self.fleet.local is not None:
@@ -427,7 +428,14 @@ class TieredSimulation(fleet_oracle.Simulation):
 
     def begin_step(self, worker: TieredWorker) -> None:
         self.offer_new(worker)
+        if worker.declared is not None and worker.reservations:
+            worker.release()
+            self.rise_in_turn(worker)
         super().begin_step(worker)
+
+
+def in_line(request: FleetRequest) -> bool:
+    return getattr(request, "in_line", False)
 
 
 def simulate(requests: Any, fleet: Any, **fields: Any) -> Result:

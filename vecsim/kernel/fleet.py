@@ -75,7 +75,7 @@ from vecsim.kernel.state import (
     STOPS,
     TOO_LONG,
 )
-from vecsim.kernel.tier_sets import BEGINS, ENDS, FLOW_ENDS, OFFERS, act, next_flow_end
+from vecsim.kernel.tier_sets import BEGINS, ENDS, FLOW_ENDS, OFFERS, act, has_tiers, next_flow_end
 from vecsim.kernel.token import (
     MOST_STEPS,
     due_at,
@@ -344,7 +344,7 @@ def simulate_fleet(world):
                     act(world, OFFERS, 0, worker, t)
                 if prefills and split.queued:
                     feed(world, t)
-                if tiered and fleet.waiting[unsigned(2 * worker)] >= 0:
+                if tiered and has_tiers(world, worker) and fleet.waiting[unsigned(2 * worker)] >= 0:
                     make_room(world, worker, t)
                 go_on(world, worker, whole(STOPS if stops else GOES_ON), due, users_wait or apart or doomed)
         if doomed or life_due == t:

@@ -503,7 +503,7 @@ def retry(world, worker, t):
 
 @bare
 def make_room(world, worker, t):
-    """Free what requests that have ended hold at a worker, for those that wait for blocks there."""
+    """Free what requests that have ended hold at a worker, for those that wait to be brought up there."""
     counts = world.fleet.counts
     w = unsigned(worker)
     policy = policy_of(world.groups[kind_of(world, worker)])
@@ -512,7 +512,7 @@ def make_room(world, worker, t):
             view(world, worker, world.work.gaps), visiting(world, worker), cache_of(world, worker),
             memory_of(world.groups[kind_of(world, worker)]), policy,
         )  # fmt: skip
-    retry(world, worker, t)
+    rise_in_turn(world, worker, t)
 
 
 @bare
