@@ -12,7 +12,7 @@ import msgspec
 
 from vecsim.declaration import Count, Declaration, Number, Offset, Range
 from vecsim.kernel.state import AS_SCHEDULED, FEWEST_TOKENS, LAST, LEAST_URGENT, RESERVED, WHOLE_PROMPT
-from vecsim.own import check_own, name_of, named, stands_for
+from vecsim.own import compiled_rule, name_of, stands_for
 
 Order = Literal["fcfs", "shortest_prompt", "priority", "deadline", "shortest_output"]
 ORDERS: tuple[str, ...] = get_args(Order)
@@ -308,9 +308,7 @@ class CustomBatcher(Batcher, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = named(self.rule) if isinstance(self.rule, str) else self.rule
-        check_own(rule, "tick", "token")
-        msgspec.structs.force_setattr(self, "rule", rule)
+        msgspec.structs.force_setattr(self, "rule", compiled_rule(self.rule, "tick", "token"))
 
     @classmethod
     def standing_for(cls, value: Any) -> Self | None:

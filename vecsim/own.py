@@ -48,6 +48,13 @@ def name_of(rule: Any) -> str:
     return str(rule.__name__)
 
 
+def compiled_rule(rule: Any, *kinds: str) -> Any:
+    """A function, or what a "module:name" names, compiled for what it will be given; see `check_own`."""
+    function = named(rule) if isinstance(rule, str) else rule
+    check_own(function, *kinds)
+    return function
+
+
 def check_own(rule: Any, *kinds: str) -> None:
     """Compile a function for what it will be given; where that may be one of several, one will do.
 

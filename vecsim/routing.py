@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from vecsim.declaration import Declaration, Range, Time
-from vecsim.own import check_own, name_of, named, stands_for
+from vecsim.own import compiled_rule, name_of, stands_for
 
 Share = Annotated[float, Range(0, 1)]
 
@@ -138,9 +138,7 @@ class CustomRouter(Router, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = named(self.rule) if isinstance(self.rule, str) else self.rule
-        check_own(rule, "router")
-        msgspec.structs.force_setattr(self, "rule", rule)
+        msgspec.structs.force_setattr(self, "rule", compiled_rule(self.rule, "router"))
 
     @classmethod
     def standing_for(cls, value: Any) -> Self | None:

@@ -30,7 +30,7 @@ from vecsim.declaration import (
     suggestion,
 )
 from vecsim.kernel.state import PlannerView
-from vecsim.own import check_own, name_of, named, stands_for
+from vecsim.own import compiled_rule, name_of, stands_for
 from vecsim.step_time import LinearStepTime
 
 # Codes of planners, in the order of `PLANNERS`
@@ -1067,9 +1067,7 @@ class CustomPlanner(IntervalPlanner, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = named(self.rule) if isinstance(self.rule, str) else self.rule
-        check_own(rule, "planner")
-        msgspec.structs.force_setattr(self, "rule", rule)
+        msgspec.structs.force_setattr(self, "rule", compiled_rule(self.rule, "planner"))
 
     @classmethod
     def standing_for(cls, value: Any) -> Self | None:

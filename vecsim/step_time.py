@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 
 from vecsim.declaration import Declaration, NonNegative, Range, check_array, shown
-from vecsim.own import check_own, name_of, named, stands_for
+from vecsim.own import compiled_rule, name_of, stands_for
 
 # Codes of the rule `duration`
 TICK, LINEAR, POLYNOMIAL, TABLE, OWN, ROOFLINE = range(6)
@@ -259,9 +259,7 @@ class CustomStepTime(StepTime, frozen=True, kw_only=True, tag=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rule = named(self.rule) if isinstance(self.rule, str) else self.rule
-        check_own(rule, "step")
-        msgspec.structs.force_setattr(self, "rule", rule)
+        msgspec.structs.force_setattr(self, "rule", compiled_rule(self.rule, "step"))
 
     @classmethod
     def standing_for(cls, value: Any) -> Self | None:
