@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeGuard, cast
 
 import msgspec
 
@@ -308,6 +308,11 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
         from vecsim.run import run
 
         return run(cast(AnyEngine, self), time_limit, warmup=warmup, quantiles=quantiles)
+
+
+def is_changing(engine: object) -> TypeGuard[Fleet]:
+    """Whether an engine is a fleet whose workers come and go, or are sent messages that take time."""
+    return isinstance(engine, Fleet) and engine.changes
 
 
 def router_numbers(router: AnyRouter, place: Literal["all", "prefill", "decode"]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vecsim.axes import Plan
-from vecsim.fleet import AnyEngine, Cluster, DisaggregatedEngine, Fleet, TickDisaggregatedEngine
+from vecsim.fleet import AnyEngine, Cluster, DisaggregatedEngine, Fleet, TickDisaggregatedEngine, is_changing
 from vecsim.gather import base_attrs, describe, metrics_dataset, record_variables
 from vecsim.kernel.state import ApartScratch, ClusterOutcome, ClusterScratch, Outcome, Scratch, StepRecord
 from vecsim.lives import LIFE_VARIABLES, Lives, counts_dataset, events_dataset
@@ -97,7 +97,7 @@ class Run:
         token = self.engine.is_token
         classes = tuple(kind.name for kind in self.engine.load_generator.classes) if token else ()
         metrics, apart = self._single.metrics[np.newaxis], isinstance(self.engine, DisaggregatedEngine)
-        changing = isinstance(self.engine, Fleet) and self.engine.changes
+        changing = is_changing(self.engine)
         tiered, viewing = self._single.rise is not None, self._single.views is not None
         return metrics_dataset(
             metrics, {}, {}, self._quantiles, attrs, token, classes, apart, changing, tiered, viewing
@@ -439,7 +439,7 @@ class Run:
             ("Slot utilization", share("utilization")),
             ("Batch size", f"{float(metrics.batch_size):.1f} requests, {float(metrics.step_tokens):.1f} tokens a step"),
         ]
-        if isinstance(self.engine, Fleet) and self.engine.changes:
+        if is_changing(self.engine):
             counts = {
                 name: f"{int(metrics[name]):,}"
                 for name in ("failed", "migrations", "retries", "scale_ups", "scale_downs", "crashes")

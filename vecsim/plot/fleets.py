@@ -7,7 +7,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 
 from vecsim.axes import differing_fields
-from vecsim.fleet import DisaggregatedEngine, Fleet
+from vecsim.fleet import DisaggregatedEngine, is_changing
 from vecsim.kernel.state import Array
 from vecsim.paths import ONBOARDING
 from vecsim.plot.style import DECODE, EMPTY, PREFILL, Picture, check_dataset, heading, run_time, ticks_at_integers
@@ -50,7 +50,7 @@ def draw_workers(axis: "Axes", run: "Run", workers: int, edges: Array) -> None:
         busy = mean_over_time(run, np.ones(prefills.size), edges, own)[:, np.newaxis]
         prefill = mean_over_time(run, prefills, edges, own)[:, np.newaxis]
         image[worker] = prefill * colours[0] + (busy - prefill) * colours[1] + (1 - busy) * colours[2]
-    if isinstance(run.engine, Fleet) and run.engine.changes:
+    if is_changing(run.engine):
         draw_lives(axis, run, image, edges)
     axis.imshow(
         np.clip(image, 0.0, 1.0),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vecsim.axes import differing_fields
-from vecsim.fleet import Cluster, Fleet, TickDisaggregatedEngine
+from vecsim.fleet import Cluster, TickDisaggregatedEngine, is_changing
 from vecsim.kernel.state import Array
 from vecsim.plot.style import (
     COLOURS,
@@ -366,7 +366,7 @@ def queue_over_time(run: "Run") -> tuple[Array, Array]:
     if "worker" not in run.steps:
         return time, queue
     worker = run.steps.worker.values
-    if isinstance(run.engine, Fleet) and run.engine.changes:  # a worker that is gone has no queue, and makes no step
+    if is_changing(run.engine):  # a worker that is gone has no queue, and makes no step
         gone = run.worker_events.isel(event=np.isin(run.worker_events.reason, ["drained", "crash", "outage"]))
         time, worker = np.append(time, gone.time), np.append(worker, gone.worker)
         queue = np.append(queue, np.zeros(gone.sizes["event"], queue.dtype))

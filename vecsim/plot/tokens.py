@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vecsim.fleet import DisaggregatedEngine, Fleet
+from vecsim.fleet import DisaggregatedEngine, Fleet, is_changing
 from vecsim.kernel.state import Array
 from vecsim.plot.runs import COLUMNS, draw_latencies, draw_queue, finish, legend
 from vecsim.plot.style import DECODE, E2E, EMPTY, PHASES, PREFILL, TTFT, Picture, heading, ticks_at_integers
@@ -21,7 +21,7 @@ def draw(run: "Run") -> Any:
     if not run.steps.sizes["step"]:
         return draw_nothing(run)
     workers = run.engine.workers if isinstance(run.engine, Fleet) else 0
-    changes = isinstance(run.engine, Fleet) and run.engine.changes
+    changes = is_changing(run.engine)
     if changes:  # all that were ever there
         workers = int(run.worker_events.worker.max()) + 1
     apart = isinstance(run.engine, DisaggregatedEngine)
@@ -129,7 +129,7 @@ def memory_in_use(run: "Run", edges: Array) -> Array:
     """Mean share of KV memory that is held in each column, of that of the workers that are there [%]."""
     held = mean_over_time(run, run.steps.kv_blocks.values, edges)
     blocks: Any = run.engine.kv_blocks
-    if isinstance(run.engine, Fleet) and run.engine.changes:
+    if is_changing(run.engine):
         each = [(pool.kv_cache and pool.kv_cache.blocks) or 0 for pool in run.engine.pools]
         blocks = np.maximum(of_workers_there(run, edges, each), 1)
     return 100 * held / blocks
@@ -140,7 +140,7 @@ def draw_batch(axis: "Axes", run: "Run", edges: Array) -> None:
     decode, prefill = requests_in_batch(run, edges)
     axis.stackplot(edges[:-1], decode, prefill, colors=(DECODE, PREFILL), step="post", linewidth=0)
     slots: Any = np.full(edges.size - 1, run.engine.max_batch_size)
-    if isinstance(run.engine, Fleet) and run.engine.changes:
+    if is_changing(run.engine):
         slots = of_workers_there(run, edges, [pool.max_batch_size for pool in run.engine.pools])
     most = float((decode + prefill).max(initial=1.0))
     if most > 0.6 * slots.max():
