@@ -778,6 +778,7 @@ def simulate(
     draw: Callable[[FleetRequest, int, int], int] | None = None,
     gives_back: bool = True,
     lets_go: bool = True,
+    simulation_type: type[Simulation] = Simulation,
 ) -> Result:
     control = control or ControlPlane()
     numbers = random.Random(0)
@@ -797,7 +798,7 @@ def simulate(
             return one.expovariate(1 / control.mtbf)
         return one.uniform(0, control.renewal)
 
-    simulation = Simulation(
+    simulation = simulation_type(
         control, changes, planner, interval, draws or seconds, lets_go,
         requests, fleet, overheads or Overheads(), concurrency, think_time, draw or drawn, gives_back,
     )  # fmt: skip

@@ -202,25 +202,31 @@ def a_fleet(rng, apart, load, block_size, orders, make=a_pool):
     return ours, literal, token_oracle.Overheads(**overheads)
 
 
-def check_against(run, result, all_that_came=False):
-    """Every step of every worker, and every request that has come to where it is first looked at, or to the router."""
-    steps = run.steps.sortby(["time", "worker"])
-    theirs = sorted(result.steps, key=lambda step: (step.begin, step.worker))
-    ours = run.requests
-    came = [
+def those_that_came(result, all_of_them=False):
+    """Requests that have come to where they are first looked at; or all that have come to the router."""
+    return [
         request
         for request in result.requests
         if request.dropped
         or (
             request.routed_at is not None
-            if all_that_came
+            if all_of_them
             else request.is_local is False or request.enqueued_at is not None
         )
     ]
 
-    def column(instants):
-        return [np.nan if instant is None else instant for instant in instants]
 
+def column(instants):
+    """NaN where there was none."""
+    return [np.nan if instant is None else instant for instant in instants]
+
+
+def check_against(run, result, all_that_came=False):
+    """Every step of every worker, and every request that has come to where it is first looked at, or to the router."""
+    steps = run.steps.sortby(["time", "worker"])
+    theirs = sorted(result.steps, key=lambda step: (step.begin, step.worker))
+    ours = run.requests
+    came = those_that_came(result, all_that_came)
     started = [request.prefill_started_at if request.is_local is False else request.started_at for request in came]
     for name, literal in (
         ("time", [step.begin for step in theirs]),

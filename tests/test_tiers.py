@@ -10,7 +10,7 @@ import tier_oracle
 import token_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fleet_against_oracle import a_fleet, a_pool, check_against, draws
+from test_fleet_against_oracle import a_fleet, a_pool, check_against, column, draws, those_that_came
 from test_token import a_trace, turns_of
 
 import vecsim as sim
@@ -66,24 +66,20 @@ def a_crowded_pool(rng, block_size, orders, roomy):
     )
 
 
-def check_tiers(run, result):
+def check_tiers(run, result, all_that_came=False):
     """What `check_against` has, and what came up for each request, when, and what each tier did."""
-    check_against(run, result)
+    check_against(run, result, all_that_came)
     tiered = [worker for worker in result.workers if worker.declared is not None]
     if not tiered:
         assert "onboarding_time" not in run.requests
         return
-    came = [
-        request
-        for request in result.requests
-        if request.dropped or request.is_local is False or request.enqueued_at is not None
-    ]
+    came = those_that_came(result, all_that_came)
     rose = [getattr(request, "rose_tokens", (0, 0)) for request in came]
     for name, literal in (
         ("host_hit_tokens", [host for host, _ in rose]),
         ("disk_hit_tokens", [disk for _, disk in rose]),
-        ("onboarding_began_at", [getattr(request, "rise_began_at", np.nan) for request in came]),
-        ("onboarding_ended_at", [getattr(request, "rise_ended_at", np.nan) for request in came]),
+        ("onboarding_began_at", column(getattr(request, "rise_began_at", None) for request in came)),
+        ("onboarding_ended_at", column(getattr(request, "rise_ended_at", None) for request in came)),
     ):
         np.testing.assert_array_equal(run.requests[name].values, literal, err_msg=name)
     for worker in tiered:

@@ -428,6 +428,8 @@ class TieredSimulation(fleet_oracle.Simulation):
 
     def begin_step(self, worker: TieredWorker) -> None:
         self.offer_new(worker)
+        if worker in self.prefill:
+            self.feed()
         if worker.declared is not None and worker.reservations:
             worker.release()
             self.rise_in_turn(worker)

@@ -203,4 +203,5 @@ class KVCache(Declaration, frozen=True, kw_only=True):
             "watermark": int(self.watermark * blocks) if self.blocks is not None else 0,
             "caching": self.prefix_caching,
             "front": self.uncached_first,
+            "returns": False,
         }

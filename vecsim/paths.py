@@ -164,8 +164,8 @@ def rise_of(tiers: Tiers, fleet: Fleet, came: Array) -> Rise:
     return Rise(
         host_hit_blocks=way[sets.HOST_BLOCKS].copy(),
         disk_hit_blocks=way[sets.DISK_BLOCKS].copy(),
-        onboarding_began_at=instants[rows.BEGAN_AT].copy(),
-        onboarding_ended_at=instants[rows.ENDED_AT].copy(),
+        onboarding_began_at=instants[sets.BEGAN_AT].copy(),
+        onboarding_ended_at=instants[sets.ENDED_AT].copy(),
         held=tiers.lists[:workers, :, sets.COUNT].copy(),
         came=of_tiers(sets.HOST_IN),
         went=of_tiers(sets.HOST_OUT),

@@ -7,7 +7,7 @@ import numpy as np
 from vecsim.batching import CustomBatcher, check_budget, policy_of
 from vecsim.control_plane import ControlPlane
 from vecsim.engine import Engine
-from vecsim.fleet import Fleet
+from vecsim.fleet import DisaggregatedEngine, Fleet, listed
 from vecsim.kernel.state import Array
 from vecsim.kv_cache import ENDLESS, KVCache
 from vecsim.load import (
@@ -100,6 +100,9 @@ class TokenTables:
 
     def put_fleet(self, rows: list[dict[str, Any]], cluster: Fleet) -> tuple[int, ...]:
         place, first = len(self.fleets), len(self.groups)
+        if cluster.changes and isinstance(cluster, DisaggregatedEngine):  # what crashes elsewhere is prefilled anew
+            prefills = len(listed(cluster.prefill))
+            rows = [row | {"returns": number < prefills} for number, row in enumerate(rows)]
         self.groups += (
             (
                 *(float(row[name]) for name in self.fields()),

@@ -541,7 +541,7 @@ class Room:
             sightings=whole(workers, ids),
             changed=np.zeros((workers, 2 * tier_sets.LEVELS, ids if self.looks_inside else 0)),
             way=whole(tier_sets.WAY_ROWS, n),
-            instants=np.zeros((tiers.INSTANT_ROWS, n)),
+            instants=np.zeros((tier_sets.INSTANT_ROWS, n)),
             numbers=np.zeros((tier_sets.NUMBER_ROWS, workers), np.int64),
             means=np.zeros(tiers.MEANS if self.tiered else 0),
         )

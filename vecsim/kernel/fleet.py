@@ -303,7 +303,7 @@ def simulate_fleet(world):
             tiers_due = next_flow_end(world)
             t = min(t, tiers_due)
         if changes:
-            life_due = next_of_life(world)
+            life_due = max(next_of_life(world), now)
             if due == np.inf and world.life.numbers[LIVE] == 0 and time_limit == np.inf:
                 break
             t = min(t, life_due)

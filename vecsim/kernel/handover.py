@@ -4,10 +4,12 @@ import numpy as np
 
 from vecsim import transfer as transfers
 from vecsim.kernel import kv, links, tree
+from vecsim.kernel.address import call_live
 from vecsim.kernel.heap import pop, push, rise
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.life import (
+    AT_ONCE,
     BROKEN_PREFILL,
     CAME,
     CAME_HERE,
@@ -28,14 +30,24 @@ from vecsim.kernel.life import (
     TTFT_SUM,
     drop_alarm,
     is_up,
+    next_alarm,
     set_alarm,
     turn_off_if_done,
 )
 from vecsim.kernel.places import DESTINATION, SOURCE, free_places, runs_to_move, take_places
-from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, believed, could_hold, not_started, outstanding, route
+from vecsim.kernel.routing import (
+    DECODES_AT,
+    OWNS_AT,
+    PREFILLS_AT,
+    believed,
+    could_hold,
+    not_started,
+    outstanding,
+    route,
+)
 from vecsim.kernel.state import RESERVED
-from vecsim.kernel.tier_sets import COMES, IN_LINE, RISES, RISING, act, has_tiers
-from vecsim.kernel.token import follow_up, issue_after_drop, let_ended_go, report, reset_requests
+from vecsim.kernel.tier_sets import COMES, IN_LINE, RISES, RISING, act, forget_rise, has_tiers
+from vecsim.kernel.token import follow_up, issue_after_drop, let_ended_go, report, reset_requests, seen_at
 from vecsim.kernel.token_batch import give_back, reservation, take_blocks, yield_blocks
 from vecsim.kernel.token_scenarios import memory_of, policy_of
 from vecsim.kernel.token_state import (
@@ -92,9 +104,9 @@ from vecsim.kernel.world import (
     visiting,
 )
 
-# Rows of `way` [request] after `PREFILLS_AT` and `DECODES_AT`: whether it prefills elsewhere than it decodes; the one
+# Rows of `way` [request] after those of `vecsim.kernel.routing`: whether it prefills elsewhere than it decodes; the one
 # after it in a list; what its timer is for; where it is with each part of its work, that at its decode worker first
-REMOTE, NEXT, WAITS_FOR, STAGE, PREFILL_STAGE, WAY_ROWS = range(2, 8)
+REMOTE, NEXT, WAITS_FOR, STAGE, PREFILL_STAGE, WAY_ROWS = range(3, 9)
 
 # Where a request is: nowhere; on its way to a worker; in the line for blocks there, or with blocks reserved; in the
 # queue for prefill; at the worker; there no more, but its blocks are; only where routers take it to be
@@ -270,6 +282,10 @@ def send_to_prefill(world, request, worker, lasts, t):
     fleet.instants[SENT_AT, r] = t
     if world.control.changes:
         world.life.whole[HOLDS, unsigned(worker)] += 1
+        before = whole(fleet.way[OWNS_AT, r])
+        fleet.way[OWNS_AT, r] = worker
+        if before >= 0 and before != worker and fleet.owned.size > 0:
+            kv.disown(cache_of(world, before).nodes, fleet.owned, request)
     fleet.own[COMPUTED, r] = fleet.own[GENERATED, r] = 0
     fleet.own[KV, r] = PINNED
     assign(world, request, worker, whole(1))
@@ -303,10 +319,14 @@ def note_wait(world, since, t):
 @bare
 def come(world, request, worker, t):
     """Put a request into the inbox of a worker, once what lower tiers have of it is brought up."""
+    fleet = world.fleet
+    if world.control.changes and world.tiers.on:
+        own = fleet.own if prefills_only(world, worker) else world.work.own
+        if own[PREEMPTIONS, unsigned(request)] == 0:  # of a worker that is gone
+            forget_rise(world.tiers, request)
     if not has_tiers(world, worker):
         send(world, request, worker, t)
         return
-    fleet = world.fleet
     bring_up(world, worker, t)
     if not act(world, COMES, request, worker, t):
         put_in(fleet.waiting, 2 * worker, fleet.way, request)
@@ -361,7 +381,7 @@ def go_to_prefill(world, request, t):
     if not world.split.queued:
         worker = route(world, world.prefill_router, request, able, t)
         if worker < 0:
-            find_nobody(world, request, whole(NOBODY_TO_PREFILL), t)
+            find_nobody(world, request, whole(NOBODY_TO_PREFILL))
         elif is_up(world, worker):
             send_to_prefill(world, request, worker, world.control.request_plane, t)
         else:
@@ -375,21 +395,13 @@ def go_to_prefill(world, request, t):
 
 @bare
 def join_queue(world, request, t):
-    """A request comes to the queue for prefill, and goes on to a worker if one is idle."""
+    """A request comes to the queue for prefill, whose first go on to workers if some are idle."""
     fleet = world.fleet
-    r = unsigned(request)
-    worker = whole(-1)
-    if fleet.between[QUEUE_FIRST] < 0:
-        judge(world, world.prefill_router, request)
-        worker = idle_prefill_worker(world)
-    if worker >= 0:
-        note_wait(world, fleet.instants[TO_PREFILL_AT, r], t)
-        send_to_prefill(world, request, worker, world.control.queue_pop, t)
-    else:
-        put_in(fleet.between, whole(QUEUE_FIRST), fleet.way, request)
-        fleet.between[QUEUED_FOR_PREFILL] += 1
-        fleet.between[QUEUED_TOKENS] += world.load.prompt_tokens[r]
-        fleet.way[PREFILL_STAGE, r] = FOR_PREFILL
+    put_in(fleet.between, whole(QUEUE_FIRST), fleet.way, request)
+    fleet.between[QUEUED_FOR_PREFILL] += 1
+    fleet.between[QUEUED_TOKENS] += world.load.prompt_tokens[unsigned(request)]
+    fleet.way[PREFILL_STAGE, unsigned(request)] = FOR_PREFILL
+    feed(world, t)
 
 
 @bare
@@ -663,7 +675,7 @@ def prefilled(world, request, worker, t):
             unpin(world, request, t)
             leave_decode(world, request, t)
             leave(world, request, True)
-            return is_answered(world, request, t)
+            return is_answered(world, request, seen_at(load, request, t))
     if np.isnan(fleet.instants[RESERVED_AT, r]):
         choose_decode(world, request, t)
     elif fleet.way[STAGE, r] == HAS_BLOCKS:  # else it will learn that its blocks are lost
@@ -676,7 +688,7 @@ def choose_decode(world, request, t):
     """Have a request whose blocks aren't reserved be decoded somewhere."""
     worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
-        find_nobody(world, request, whole(NOBODY), t)
+        find_nobody(world, request, whole(NOBODY))
     elif is_up(world, worker):
         wish(world, request, worker, t)
     else:
@@ -735,9 +747,9 @@ def miss(world, request, worker, what, t):
 
 
 @bare
-def find_nobody(world, request, what, t):
-    """There is no worker for a request: it fails at once, after all else that follows from what has happened."""
-    go_astray(world, request, whole(-1), t, what)
+def find_nobody(world, request, what):
+    """There is no worker for a request: it fails next."""
+    go_astray(world, request, whole(-1), AT_ONCE, what)
 
 
 @bare
@@ -764,7 +776,7 @@ def arrive(world, request, t):
         if could_ever(world) and world.control.changes:
             work.own[STATE, r] = QUEUED
             work.times[SINCE, r] = t
-            find_nobody(world, request, whole(NOBODY), t)
+            find_nobody(world, request, whole(NOBODY))
             return True
         work.counts[DROPPED] += 1
         work.own[STATE, r] = DROPPED_AT_ONCE
@@ -837,12 +849,12 @@ def could_ever(world):
 
 
 @bare
-def is_answered(world, request, t):
-    """A request ends at `t`: have what follows it arrive; returns whether there was one to be had."""
+def is_answered(world, request, seen):
+    """The end of a request is seen: have what follows it arrive; returns whether there was one to be had."""
     follower = world.load.follower
     if follower.size > 0 and follower[unsigned(request)] >= 0:
         world.fleet.before[unsigned(follower[unsigned(request)])] = request
-    return follow_up(world.work, world.load, request, t)
+    return follow_up(world.work, world.load, request, seen)
 
 
 @bare
@@ -946,6 +958,8 @@ def let_others_know(world, worker, t):
         if prefills_only(world, worker):
             if not prefilled(world, request, worker, t):
                 return False
+            while world.control.changes and next_alarm(world) == AT_ONCE:  # there is no worker for it
+                call_live(world.live, (world, t, whole(-1)))
             continue
         if world.transfer.merges:
             memory = memory_of(world.groups[kind_of(world, worker)])
@@ -953,7 +967,7 @@ def let_others_know(world, worker, t):
             held = blocks_for(whole(tokens), memory.block_size, memory.shift)
             free_places(world, whole(DESTINATION), request, worker, held)
         leave(world, request, True)
-        if not is_answered(world, request, t):
+        if not is_answered(world, request, seen_at(load, request, t)):
             return False
     if world.control.changes:
         turn_off_if_done(world, worker, t)

@@ -168,6 +168,15 @@ def look_up(nodes, node_of, owned, ids, shared, request, limit):
 
 
 @bare
+def disown(nodes, owned, request):
+    """A request won't find its own blocks any more."""
+    run = int(owned[RUN_NODE, unsigned(request)])
+    if run >= 0:
+        nodes[KEY, unsigned(run)] = ANONYMOUS
+        owned[RUN_NODE, unsigned(request)] = -1
+
+
+@bare
 def claim(counters, nodes, node_of, owned, own, ids, shared, own_start, request, found):
     """Hold the blocks found. O(blocks found)."""
     for place in range(min(found, shared)):
@@ -180,11 +189,10 @@ def claim(counters, nodes, node_of, owned, own, ids, shared, own_start, request,
     if run >= 0:
         # What is left of the run is never looked for again: this request will have a run of its own.
         claimed = max(found - shared, 0)
-        owned[RUN_NODE, unsigned(request)] = -1
+        disown(nodes, owned, request)
         rest = int(nodes[COUNT, unsigned(run)]) - claimed
         counters[FREE] -= claimed
         nodes[COUNT, unsigned(run)] = rest
-        nodes[KEY, unsigned(run)] = ANONYMOUS
         if rest == 0:
             unlink(counters, nodes, run)
             drop_node(counters, nodes, run)

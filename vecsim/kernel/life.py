@@ -8,12 +8,14 @@ that learn, the planner; then all else.
 
 import numpy as np
 
-from vecsim.kernel import tree
+from vecsim.kernel import runs, tree
 from vecsim.kernel.heap import pop, push, rise
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
-from vecsim.kernel.routing import outstanding, uniform
+from vecsim.kernel.kv import FREE, RUN_NODE
+from vecsim.kernel.routing import OWNS_AT, outstanding, uniform
 from vecsim.kernel.tier_sets import CLEARS, act
 from vecsim.kernel.token_scenarios import GROUP_WORKERS, READY_WORKERS, START_UP, START_UP_SIGMA
+from vecsim.kernel.token_state import END_TIME
 from vecsim.kernel.world import add_up, begin_anew, kind_of, note_load, prefills_only
 from vecsim.scaling import FIRST_CHANGE, INTERVAL, SAMPLE_INTERVAL, SCHEDULE
 
@@ -39,11 +41,14 @@ DECODE_PART, PREFILL_PART, PARTS = range(3)
 
 # Rows of `life.fate` [request]: how often it has moved to another worker, and was sent again; how often a crash made it
 # leave its slot, less the preemptions of prefills that were lost; why it failed; for each part what its alarm is for,
-# and of which worker (-1: of none); whether it came to the router
-MIGRATIONS, RETRIES, CUT_SHORT, REASON, RINGS_FOR, TARGET, CAME_HERE, FATE_ROWS = 0, 1, 2, 3, 4, 6, 8, 9
+# of which worker (-1: of none), and which one of all it is; whether it came to the router
+MIGRATIONS, RETRIES, CUT_SHORT, REASON, RINGS_FOR, TARGET, NUMBER, CAME_HERE, FATE_ROWS = 0, 1, 2, 3, 4, 6, 8, 10, 11
 
 # Rows of `life.rings` [request]: when the alarm of each part rings, when it failed
 RINGS_AT, FAILED_AT, RING_ROWS = 0, 2, 3
+
+# When an alarm rings that is for what follows from the event that has just been
+AT_ONCE = -1.0
 
 # Why a request failed
 NO_WORKER, CRASH = range(1, 3)
@@ -52,10 +57,11 @@ NO_WORKER, CRASH = range(1, 3)
 # is no worker for it. Then the same of the worker that prefills it
 BROKEN, NOT_SENT, NOT_SENT_ON, NOBODY, BROKEN_PREFILL, NOT_SENT_TO_PREFILL, NOBODY_TO_PREFILL = range(7)
 
-# Places in `life.numbers`: requests that came and have neither ended nor failed; alarms of each part; scheduled
-# crashes, outages and ticks of the planner that have been; events in the log; and since the warm-up crashes,
-# workers added and removed
-LIVE, ALARMS, CRASHES_DONE, OUTAGES_DONE, TICKS, LOGGED, CRASHES_SEEN, UPS, DOWNS, NUMBERS = 0, 1, *range(3, 11)
+# Places in `life.numbers`: requests that came and have neither ended nor failed; alarms of each part, and all that were
+# ever set; scheduled crashes, outages and ticks of the planner that have been; events in the log; and since the warm-up
+# crashes, workers added and removed
+LIVE, ALARMS = 0, 1
+ALARMS_SET, CRASHES_DONE, OUTAGES_DONE, TICKS, LOGGED, CRASHES_SEEN, UPS, DOWNS, NUMBERS = range(3, 12)
 
 # Places in `life.metrics`
 FAILED_METRIC, MIGRATIONS_METRIC, RETRIES_METRIC, CRASHES_METRIC, UPS_METRIC, DOWNS_METRIC, HOURS_METRIC = range(7)
@@ -187,10 +193,7 @@ def get_ready(world, worker, t):
     life = world.life
     w = unsigned(worker)
     set_due(world, whole(STARTED), worker, np.inf)
-    add_up(world, worker)
-    begin_anew(world, worker, t)
-    if world.tiers.on:
-        act(world, CLEARS, 0, worker, t)
+    world.fleet.sums[w, END_TIME] = t
     life.whole[HOLDS, w] = life.whole[DOOM, w] = 0
     set_phase(world, worker, whole(READY), whole(IS_STARTED), t)
     set_crash(world, worker, t)
@@ -206,6 +209,22 @@ def set_crash(world, worker, t):
         lasts = -mtbf * np.log1p(-draw(world, whole(CRASH_DRAW), worker, nth))
         set_due(world, whole(CRASHES), worker, t + lasts)
     world.life.whole[LIVES, unsigned(worker)] += 1
+
+
+@bare
+def empty(world, worker, t):
+    """A worker has nothing in its memory, its tiers, or to do any more. O(requests + ids)."""
+    fleet = world.fleet
+    add_up(world, worker)
+    begin_anew(world, worker, t)
+    if fleet.owned.size > 0 and prefills_only(world, worker):
+        for request in range(world.load.prompt_tokens.size):
+            if fleet.way[OWNS_AT, unsigned(request)] == worker:
+                fleet.owned[RUN_NODE, unsigned(request)] = -1
+    if world.tiers.on:
+        act(world, CLEARS, 0, worker, t)
+    if world.transfer.merges:
+        runs.reset(fleet.allocator, worker, whole(fleet.counts[unsigned(worker), FREE]))
 
 
 @bare
@@ -227,6 +246,7 @@ def turn_off_if_done(world, worker, t):
     left = whole(life.whole[HOLDS, w]) if prefills_only(world, worker) else outstanding(world.fleet, worker)
     if life.whole[PHASE, w] == DRAINING and left == 0:
         turn_off(world, worker, whole(DRAINED), t)
+        empty(world, worker, t)
 
 
 @bare
@@ -336,6 +356,8 @@ def set_alarm(world, request, worker, at, what):
     life.rings[RINGS_AT + row, r] = at
     life.fate[RINGS_FOR + row, r] = what
     life.fate[TARGET + row, r] = worker
+    life.fate[NUMBER + row, r] = life.numbers[ALARMS_SET]
+    life.numbers[ALARMS_SET] += 1
     if worker >= 0:
         world.fleet.ghosts[unsigned(worker)] += 1
         note_load(world, worker)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vecsim.kernel import links, runs
+from vecsim.kernel import links
 from vecsim.kernel.handover import (
     ASTRAY,
     AT_WORK,
@@ -42,8 +42,9 @@ from vecsim.kernel.handover import (
 )
 from vecsim.kernel.heap import is_before
 from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
-from vecsim.kernel.kv import FREE, NAMED, RUN_NODE
+from vecsim.kernel.kv import NAMED, RUN_NODE
 from vecsim.kernel.life import (
+    AT_ONCE,
     BROKEN,
     BROKEN_PREFILL,
     CAME_HERE,
@@ -72,6 +73,7 @@ from vecsim.kernel.life import (
     NOT_SENT,
     NOT_SENT_ON,
     NOTICE_DRAW,
+    NUMBER,
     OFF,
     OUTAGE_END,
     OUTAGES_DONE,
@@ -93,6 +95,7 @@ from vecsim.kernel.life import (
     begin_start,
     draw,
     drop_alarm,
+    empty,
     forgive,
     get_ready,
     is_up,
@@ -110,7 +113,6 @@ from vecsim.kernel.places import CHAIN_ROWS, COUNT, DESTINATION, SOURCE
 from vecsim.kernel.planning import plan
 from vecsim.kernel.routing import DECODES_AT, PREFILLS_AT, route
 from vecsim.kernel.state import OUT_OF_REQUESTS
-from vecsim.kernel.tier_sets import CLEARS, act
 from vecsim.kernel.token import issue_after_drop
 from vecsim.kernel.token_state import (
     COMPUTED,
@@ -132,6 +134,7 @@ from vecsim.kernel.token_state import (
     REPORTED,
     RUNNING,
     SINCE,
+    STARTED_AT,
     STARVING,
     STATE,
     TOO_LATE,
@@ -142,8 +145,6 @@ from vecsim.kernel.token_state import (
 )
 from vecsim.kernel.world import (
     TROUBLE,
-    add_up,
-    begin_anew,
     bring_up,
     judge,
     look_again,
@@ -175,8 +176,6 @@ def crash(world, worker, t, row, at_boundary):
             return True
         if fleet.counts[w, REPORTED] < fleet.counts[w, ENDED]:
             issued = let_others_know(world, worker, t)
-            while next_alarm(world) == t:  # there is no worker for what follows: that comes before the crash
-                ring(world, t)
             if life.whole[PHASE, w] == OFF:  # it was draining, and that was the last
                 return issued
         # What they were told of an earlier crash is of the worker that they know.
@@ -231,12 +230,7 @@ def lose(world, worker, t):
             forget_blocks(world, world.work.own, world.cache.owned, request, whole(DESTINATION))
             go_astray(world, request, worker, learns_at, whole(BROKEN))
     fleet.counts[unsigned(worker), WAITING] = fleet.counts[unsigned(worker), RUNNING] = 0
-    add_up(world, worker)
-    begin_anew(world, worker, t)
-    if world.tiers.on:
-        act(world, CLEARS, 0, worker, t)
-    if world.transfer.merges:
-        runs.reset(fleet.allocator, worker, whole(fleet.counts[unsigned(worker), FREE]))
+    empty(world, worker, t)
 
 
 @inlined
@@ -303,6 +297,9 @@ def lose_work(world, request, worker, t):
     if state in (PREFILL, DECODE) or (own[KV, r] > 0 and own[GENERATED, r] > 0):  # what it found there stands
         own[PREEMPTIONS, r] += 1
         world.life.fate[CUT_SHORT, r] += 1
+    elif own[GENERATED, r] == 0 and np.isnan(times[STARTED_AT, r]):  # what it finds elsewhere will be what it found
+        world.life.fate[CUT_SHORT, r] -= own[PREEMPTIONS, r]  # they were preemptions all the same
+        own[PREEMPTIONS, r] = 0
     if state not in (PREFILL, DECODE):
         note_wait(world, times[SINCE, r], t)
     own[STATE, r] = QUEUED
@@ -364,12 +361,15 @@ def migrates(world, request, t):
 
 @inlined
 def first_part(world):
-    """Which alarm rings first."""
+    """Which alarm rings first: of one request's, the one that was set first."""
     decode, prefill = next_alarm_of(world, DECODE_PART), next_alarm_of(world, PREFILL_PART)
     if decode != prefill:
         return whole(DECODE_PART if decode < prefill else PREFILL_PART)
-    alarms, arrived_at = world.life.alarms, world.load.arrived_at
+    alarms, fate, arrived_at = world.life.alarms, world.life.fate, world.load.arrived_at
     at_decode, at_prefill = whole(alarms[DECODE_PART, 0]), whole(alarms[PREFILL_PART, 0])
+    if at_decode == at_prefill:
+        r = unsigned(at_decode)
+        return whole(DECODE_PART if fate[NUMBER + DECODE_PART, r] < fate[NUMBER + PREFILL_PART, r] else PREFILL_PART)
     return whole(DECODE_PART if is_before(arrived_at, arrived_at, at_decode, at_prefill) else PREFILL_PART)
 
 
@@ -451,7 +451,7 @@ def compute_anew(world, request, t):
     """Have a request that has tokens be served by another worker."""
     worker = route(world, world.router, request, judge(world, world.router, request), t)
     if worker < 0:
-        find_nobody(world, request, whole(NOBODY), t)
+        find_nobody(world, request, whole(NOBODY))
     elif is_up(world, worker):
         bring_up(world, worker, t)
         serve(world, request, worker, t)
@@ -499,6 +499,9 @@ def live(world, t, doomed):
         return strand(world, t)
     if doomed >= 0:
         return whole(crash(world, doomed, t, whole(life.whole[DOOM, unsigned(doomed)]) - 1, True))
+    if next_alarm(world) == AT_ONCE:
+        ring(world, t)
+        return whole(1)
     if life.times[NEXT_OUTAGE] == t:
         begin_outage(world, t)
         return whole(1)

@@ -29,8 +29,9 @@ ROUND_ROBIN, RANDOM, LEAST_OUTSTANDING, POWER_OF_TWO, LEAST_KV, STICKY, KV_AWARE
 # Places of a router: it chooses who decodes, or who prefills only
 DECODES, PREFILLS = range(2)
 
-# Rows of `way` [request]: workers of its prefill and decode, -1 where there is none; others in `vecsim.kernel.handover`
-PREFILLS_AT, DECODES_AT = range(2)
+# Rows of `way` [request]: workers of its prefill and decode, and the prefill worker that may have its own blocks, -1
+# where there is none; others in `vecsim.kernel.handover`
+PREFILLS_AT, DECODES_AT, OWNS_AT = range(3)
 
 # Rows of `fleet.survey` [worker]: whether it could hold the request; requests there, those that wait, and that run;
 # share of its KV memory in use; blocks of the prompt that it is known to have, those of lower tiers by their credit;

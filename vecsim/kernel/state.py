@@ -332,6 +332,7 @@ class Memory(NamedTuple):
     watermark: int  # blocks that stay free at admission while anything runs
     caching: bool  # of prefixes
     front: bool  # freed blocks without an id are taken first
+    returns: bool  # requests that have ended may come back and look for their own blocks
 
 
 class Formula(NamedTuple):

@@ -3,6 +3,8 @@
 Each is a list by last use, linked by id. The last place of the links ties both ends together.
 """
 
+import numpy as np
+
 from vecsim.kernel import links
 from vecsim.kernel.address import call_tiers
 from vecsim.kernel.jit import bare, inlined, unsigned, whole
@@ -21,9 +23,13 @@ COUNT, LINE_FIRST, LINE_LAST, MOVING, BATCHES = range(5)
 # Rows of `changed` [worker, 2 x tier + row]: when a block came and went
 CAME, WENT = range(2)
 
-# Rows of `way` [request]: its leading blocks found in GPU memory, then in host memory and on disk; flows that it waits
-# for, a bit for each tier; whether it is in the line for blocks; its worker
+# Rows of `way` [request]: its leading blocks found in GPU memory; then those in host memory and on disk, of the
+# admission that its hits are told of; flows that it waits for, a bit for each tier; whether it is in the line for
+# blocks; its worker
 FOUND, HOST_BLOCKS, DISK_BLOCKS, PENDING, IN_LINE, AT, WAY_ROWS = range(7)
+
+# Rows of `instants` [request], seconds: it asked for blocks; they began to move, and all were there, for that admission
+ASKED_AT, BEGAN_AT, ENDED_AT, INSTANT_ROWS = range(4)
 
 # What `vecsim.kernel.tiers.tiers_act` is to do: begin a run; the first flow of all ends; offer what a worker has
 # registered; a request comes to it; blocks may be there for one that waits; a worker loses all; end the run
@@ -54,6 +60,14 @@ def next_flow_end(world):
 def act(world, what, request, worker, t):
     """Call `vecsim.kernel.tiers.tiers_act`."""
     return call_tiers(world.tiers_act, (world, whole(what), whole(request), whole(worker), t)) != 0
+
+
+@bare
+def forget_rise(tiers, request):
+    """Nothing is known yet of what is brought up for a request."""
+    r = unsigned(request)
+    tiers.way[HOST_BLOCKS, r] = tiers.way[DISK_BLOCKS, r] = 0
+    tiers.instants[BEGAN_AT, r] = tiers.instants[ENDED_AT, r] = np.nan
 
 
 @inlined

@@ -11,8 +11,10 @@ from vecsim.kernel.jit import bare, bare_entry, inlined, unsigned, whole
 from vecsim.kernel.kv import FREE
 from vecsim.kernel.tier_sets import (
     ABSENT,
+    ASKED_AT,
     AT,
     BATCHES,
+    BEGAN_AT,
     BEGINS,
     CLEARS,
     COMES,
@@ -20,6 +22,7 @@ from vecsim.kernel.tier_sets import (
     DISK,
     DISK_BLOCKS,
     DISK_TOKENS,
+    ENDED_AT,
     FLOW_ENDS,
     FOUND,
     HOST,
@@ -89,9 +92,6 @@ from vecsim.kernel.world import (
 
 # A worker's links with each tier
 DOWN, UP, WAYS = range(3)
-
-# Rows of `instants` [request], seconds: it asked for blocks; they began to move; all were there
-ASKED_AT, BEGAN_AT, ENDED_AT, INSTANT_ROWS = range(4)
 
 # Places in `means`: shares of prompt tokens, seconds of those that had something brought up
 HOST_SHARE, DISK_SHARE, ONBOARDING, MEANS = range(4)
@@ -296,21 +296,21 @@ def begin_rise(world, request, worker, t):
     promise(counts, own, request, hold - total)
     if own[PREEMPTIONS, r] == 0:
         own[HIT, r] = total * memory.block_size
+        tiers.way[HOST_BLOCKS, r], tiers.way[DISK_BLOCKS, r] = in_host, on_disk
+        tiers.instants[BEGAN_AT, r] = t
         if load.arrived_at[r] >= world.warmup:
             counts[PROMPT_TOKENS] += load.prompt_tokens[r]
             counts[HIT_TOKENS] += total * memory.block_size
             tiers.numbers[HOST_TOKENS, w] += in_host * memory.block_size
             tiers.numbers[DISK_TOKENS, w] += on_disk * memory.block_size
-    tiers.way[FOUND, r], tiers.way[HOST_BLOCKS, r], tiers.way[DISK_BLOCKS, r] = found, in_host, on_disk
+    tiers.way[FOUND, r] = found
     tiers.way[PENDING, r] = (in_host > 0) + 2 * (on_disk > 0)
-    tiers.instants[BEGAN_AT, r] = t
-    tiers.instants[ENDED_AT, r] = np.nan  # it may have been brought up before, at a worker that is gone
     tiers.numbers[RISING, w] += 1
     tiers.numbers[RISEN, w] += 1
     note_load(world, worker)
     look_again(world, worker)  # it may run out of blocks earlier now
     for tier in range(LEVELS):
-        number = tiers.way[unsigned(HOST_BLOCKS + tier), r]
+        number = on_disk if tier == DISK else in_host
         if number > 0:
             links.begin(
                 tiers.links, t, whole(tier * tiers.way.shape[1] + request), link_of(worker, tier, UP),
@@ -349,11 +349,12 @@ def risen(world, request, worker, t):
     """All is there that was brought up for a request: it is registered, and the request is sent on."""
     tiers, fleet = world.tiers, world.fleet
     r, w = unsigned(request), unsigned(worker)
-    tiers.instants[ENDED_AT, r] = t
+    work, cache = view(world, worker, world.work.gaps), cache_of(world, worker)
+    if work.own[PREEMPTIONS, r] == 0:
+        tiers.instants[ENDED_AT, r] = t
     tiers.numbers[RISING, w] -= 1
     bring_up(world, worker, t)
     enter_queue(world, request, worker, t)
-    work, cache = view(world, worker, world.work.gaps), cache_of(world, worker)
     memory = memory_of(world.groups[kind_of(world, worker)])
     _, own_start = blocks_with_ids(cache, memory, request)
     found, total = whole(tiers.way[FOUND, r]), whole(work.own[HELD, r])
@@ -398,7 +399,8 @@ def clear(world, worker, t):
         for tier in range(LEVELS):
             if tiers.way[PENDING, r] >> tier & 1:
                 links.end(tiers.links, t, whole(tier * requests + request))
-                tiers.instants[BEGAN_AT, r] = np.nan
+                if np.isnan(tiers.instants[ENDED_AT, r]):
+                    tiers.instants[BEGAN_AT, r] = np.nan
         tiers.way[PENDING, r] = tiers.way[IN_LINE, r] = 0
         tiers.way[AT, r] = -1
     empty(world, worker)

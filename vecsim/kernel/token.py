@@ -172,13 +172,18 @@ def issue_after_drop(work, load, t):
 
 
 @inlined
-def follow_up(work, load, request, t):
-    """Have what follows a request that ends at `t` arrive: the next of a closed loop, or of its session.
+def seen_at(load, request, t):
+    """When the user sees the end of a request that ends at `t`."""
+    return t + load.output_tokens[unsigned(request)] * load.per_token + load.at_completion
+
+
+@inlined
+def follow_up(work, load, request, seen):
+    """Have what follows a request arrive whose end is seen then: the next of a closed loop, or of its session.
 
     Returns whether there was one to be had.
     """
     r = unsigned(request)
-    seen = t + load.output_tokens[r] * load.per_token + load.at_completion
     if load.closed:
         return issue_next(work, load, seen + load.think_time)
     if load.follower.size > 0 and load.follower[r] >= 0:
@@ -250,7 +255,7 @@ def let_ended_go(work, load, cache, memory, policy):
             own[KV, r] = PINNED_ALONE
             counts[RUNNING] -= 1
         else:
-            let_go(counts, cache, memory, request, held, full, False)
+            let_go(counts, cache, memory, request, held, full, memory.returns)
     counts[ENDED] = counts[REPORTED] = 0
     counts[BLOCKED] = 0
 
@@ -682,7 +687,7 @@ def simulate(place, kind, time_limit):
                 times[ENDED_AT, r] = t
                 if load.watches_gaps:
                     settle(work, load, r)
-                if not follow_up(work, load, r, t):
+                if not follow_up(work, load, r, seen_at(load, r, t)):
                     status = OUT_OF_REQUESTS
                     break
             if load.closed or follower.size > 0:

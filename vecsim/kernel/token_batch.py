@@ -237,7 +237,7 @@ def give_back(memory, work, cache, request, full):
         shared, own_start = blocks_with_ids(cache, memory, request)
         kv.release(
             counts, cache.nodes, cache.node_of, cache.seen, cache.owned, cache.own, cache.ids, shared, own_start,
-            request, whole(own[HELD, r]), full, False, memory.front,
+            request, whole(own[HELD, r]), full, memory.returns, memory.front,
         )  # fmt: skip
     else:
         counts[FREE] += own[HELD, r]
@@ -296,7 +296,10 @@ def yield_blocks(work, load, cache, memory, policy):
     if last < 0:
         return False
     r = unsigned(last)
-    give_back(memory, work, cache, last, full_blocks(whole(own[HIT, r]), memory.block_size, memory.shift))
+    full = full_blocks(whole(own[HIT, r]), memory.block_size, memory.shift)
+    if own[KV, r] <= BROUGHT:
+        full = whole(own[HELD, r])
+    give_back(memory, work, cache, last, full)
     own[KV, r] = not_brought(own, last)
     own[PREEMPTIONS, r] += 1
     promise(counts, own, last, for_all_tokens(policy, memory, load, last, whole(own[GENERATED, r])))

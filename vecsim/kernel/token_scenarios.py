@@ -136,6 +136,7 @@ def memory_of(p):
         int(p[MEMORY + 3]),
         p[MEMORY + 4] != 0,
         p[MEMORY + 5] != 0,
+        p[MEMORY + 6] != 0,
     )
 
 
