@@ -58,6 +58,7 @@ Routing
   one that is ready (and looks busy until then), and a router that knows none fails them (and looks not busy).
 - The draws of a request are the same in each of its choices, for as many workers as there are then. A round robin's
   turn passes all slots of the pool, those that are off too.
+- Of the blocks that only it has, a request that is prefilled anew finds those at the worker that it was sent to last.
 
 Broken streams
 - Whatever happens to a request happens when it learns of the crash; only its transfer ends, and its blocks are gone,
@@ -129,6 +130,7 @@ class ChangingRequest(FleetRequest):
     # Counts the decode workers that it was sent to or has left: what was under way for an earlier one is void.
     leg: int = field(init=False, default=0)
     lost: bool = field(init=False, default=False)  # of a stand-in: its worker has crashed
+    own_at: "ChangingWorker | None" = field(init=False, default=None)  # the last one that it was sent to for prefill
 
     @property
     def is_accounted_for(self) -> bool:
@@ -534,6 +536,7 @@ class Simulation(fleet_oracle.Simulation):
     ) -> None:
         """Send a request, or a stand-in, to the worker that a router has chosen."""
         if worker.serves:
+            self.leave_own(one, worker)
             worker.sent.append(one)
             self.later(self.now + self.control.request_plane, one, arrives, still)
         else:
@@ -647,8 +650,16 @@ class Simulation(fleet_oracle.Simulation):
         one = request.stand_in
         request.prefill_worker = worker.number
         request.sent_to_prefill_at = self.now
+        self.leave_own(one, worker)
         worker.sent.append(one)
         self.later(self.now + self.control.queue_pop, one, lambda: self.send(worker, one), lambda: not one.lost)
+
+    def leave_own(self, one: ChangingRequest, worker: ChangingWorker) -> None:
+        """What only a stand-in had at another prefill worker can't be found any more."""
+        if one.of is not None:
+            if one.of.own_at not in {None, worker}:
+                one.of.own_at.forget_own(one, 0)
+            one.of.own_at = worker
 
     def end_prefill(self, one: ChangingRequest) -> None:
         request = one.of

@@ -414,6 +414,7 @@ class Flow:
 class Simulation:
     request_type: type[FleetRequest] = FleetRequest
     worker_type: type[Worker] = Worker
+    router_type: type[Router] = Router
 
     def __init__(self, requests, fleet, overheads, concurrency, think_time, draw, gives_back) -> None:
         self.fleet = fleet
@@ -444,13 +445,13 @@ class Simulation:
                 return None
             return self.requests[request.after]
 
-        self.router = Router(
+        self.router = self.router_type(
             fleet.router if is_cluster else fleet.decode_router, self.decode, 0, draw,
             lambda request: before(request) and before(request).worker,
         )  # fmt: skip
         self.prefill_router = None
         if not is_cluster and fleet.prefill_router is not None:
-            self.prefill_router = Router(
+            self.prefill_router = self.router_type(
                 fleet.prefill_router, self.prefill, 2, draw,
                 lambda request: before(request) and before(request).prefill_worker,
             )  # fmt: skip

@@ -6,10 +6,12 @@ from dataclasses import replace
 import all_oracle
 import msgspec
 import numba
+import numpy as np
 import pytest
 import token_oracle
+from all_oracle import ByCache
 from test_changing_against_oracle import a_schedule, check_fates, some_changes
-from test_fleet_against_oracle import a_fleet, draws, lengths_of
+from test_fleet_against_oracle import a_fleet, draws, lengths_of, those_that_came
 from test_tiers import a_crowd, a_crowded_pool, a_recurring_trace, a_tiered_pool, check_tiers
 from test_token import a_trace, turns_of
 
@@ -104,9 +106,43 @@ def crashes_in_rises(rng, result):
     return rng.sample(crashes, min(len(crashes), 2))
 
 
+def routers_by_caches(rng, fleet, literal):
+    """The same fleet with routers that go by what workers have cached, as they know."""
+
+    def a_router(place):
+        latency = rng.choice([0.0, 0.0, 7.0, 50.0])
+        if rng.random() < 0.3:
+            return sim.OverlapRouter(event_latency=latency), ByCache(1, latency)
+        credit, scale = rng.choice([1.0, 1.0, 0.5, 0.0]), rng.choice([1.0, 2.0])
+        host, disk = rng.choice([(0.75, 0.25), (0.0, 0.0), (1.0, 0.5)])
+        router = sim.KVAwareRouter(
+            overlap_credit=credit, prefill_load_scale=scale, event_latency=latency, host_credit=host, disk_credit=disk
+        )
+        credit = 0.0 if place == "decode" else credit
+        return router, ByCache(2, latency, credit, scale, host, disk, place != "prefill")
+
+    def are_alike(pools):
+        return len({pool.block_size for pool in pools}) == 1
+
+    if isinstance(fleet, sim.Cluster):
+        if not are_alike(literal.pools):
+            return fleet
+        router, literal.router = a_router("all")
+        return msgspec.structs.replace(fleet, router=router)
+    if are_alike(literal.decode):
+        router, literal.decode_router = a_router("decode")
+        fleet = msgspec.structs.replace(fleet, router=router)
+    if fleet.prefill_router is not None and are_alike(literal.prefill):
+        router, literal.prefill_router = a_router("prefill")
+        fleet = msgspec.structs.replace(fleet, prefill_router=router)
+    return fleet
+
+
 def check(rng, apart, requests, load, block_size, make, orders, latest, limit, **users):
     """Run both, the oracle's twice: the second time with crashes while blocks come up."""
     fleet, literal, overheads = a_fleet(rng, apart, load, block_size, orders, make=make)
+    if isinstance(load, sim.TraceLoadGenerator) and rng.random() < 0.5:  # no others look for what decoding fills
+        fleet = routers_by_caches(rng, fleet, literal)
     fleet, given = some_changes(rng, fleet, literal, latest, a_planner)
     given |= {"overheads": overheads, "time_limit": limit, "draw": draws(load), **users}
     planner = given.get("planner")
@@ -128,6 +164,10 @@ def check(rng, apart, requests, load, block_size, make, orders, latest, limit, *
     run = fleet.run(limit)
     check_tiers(run, result, all_that_came=fleet.changes)
     check_fates(run, result)
+    if "expected_hit_tokens" in run.requests:
+        came = those_that_came(result, fleet.changes)
+        expected = [request.expected * fleet.cached_block_size for request in came]
+        np.testing.assert_array_equal(run.requests.expected_hit_tokens.values, expected)
 
 
 def check_trace(seed, apart):

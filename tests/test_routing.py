@@ -142,6 +142,12 @@ def test_a_router_of_ones_own_does_what_it_says():
     assert (first.requests.worker == 0).all()
 
 
+def of_two_sizes(router):
+    pools = [sim.Pool(workers=1, step_time=STEP, kv_cache=sim.KVCache(block_size=size)) for size in (16, 32)]
+    load = sim.PoissonLoadGenerator(request_rate=1.0, requests=5, prompt_tokens=20, output_tokens=2)
+    return sim.Cluster(pool=pools, router=router, load_generator=load)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -151,6 +157,14 @@ def test_a_router_of_ones_own_does_what_it_says():
         (lambda: routing.CustomRouter(rule=len), r"rule must be compiled with numba\.njit"),
         (lambda: routing.CustomRouter(rule=numba.njit(lambda view: view.idle)), r"a router's view: .*idle.*able"),
         (lambda: routing.CustomRouter(rule=numba.njit(lambda view: 0.5)), "must return a whole number"),
+        (
+            lambda: of_two_sizes(routing.KVAwareRouter()),
+            r"block_size must be the same .* KVAwareRouter.*got \[16, 32\]",
+        ),
+        (
+            lambda: of_two_sizes(routing.OverlapRouter()),
+            r"block_size must be the same .* OverlapRouter.*got \[16, 32\]",
+        ),
     ],
 )
 def test_routers_that_are_refused(make, message):

@@ -353,6 +353,7 @@ class TieredSimulation(fleet_oracle.Simulation):
         kept = worker.kept_free if worker.running or worker.used else 0
         if len(worker.pool.free) - promised - more < kept:
             return False
+        worker.forget_own(request, len(found))
         for block in found:
             worker.pool.share(block)
         request.blocks = found + [worker.pool.take() for _ in places]

@@ -227,8 +227,7 @@ class Engine:
             return False
         self.waiting.remove(request)
         self.running.append(request)
-        if request.preempted:
-            self.forget_own(request, len(found))
+        self.forget_own(request, len(found))
         request.admitted_at.append(self.now)
         request.hits.append(len(found))
         for block in found:
@@ -238,7 +237,7 @@ class Engine:
         return True
 
     def forget_own(self, request: Request, found: int) -> None:
-        """What a resumed request has of its own and doesn't find can't be found any more: it is computed anew."""
+        """What a request that comes back has of its own and doesn't find can't be found any more."""
         for i in range(max(found, len(request.ids)), request.known // self.block_size + 1):
             if (block := self.pool.block_of.get(request.block_id(i))) is not None:
                 self.pool.forget(block)

@@ -21,6 +21,7 @@ from vecsim.routing import (
     CustomRouter,
     KVAwareRouter,
     LeastOutstandingRouter,
+    OverlapRouter,
     RoundRobinRouter,
 )
 from vecsim.scaling import AnyPlanner
@@ -187,13 +188,13 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
         """What the kernel is told besides the pools, in the order of its numbers."""
         raise NotImplementedError
 
-    def routers(self) -> tuple[AnyRouter, ...]:
-        """All routers."""
+    def routed(self) -> tuple[tuple[AnyRouter, tuple[Pool, ...]], ...]:
+        """All routers, and the pools of each."""
         raise NotImplementedError
 
     def own_router(self) -> Any:
         """The rule of a router of the user's own; None if there is none."""
-        return next((router.rule for router in self.routers() if isinstance(router, CustomRouter)), None)
+        return next((router.rule for router, _ in self.routed() if isinstance(router, CustomRouter)), None)
 
     def _check_pools(self) -> None:
         """Refuse pools that can't make up one fleet."""
@@ -217,11 +218,18 @@ class Fleet(Declaration, frozen=True, kw_only=True, tag=True):
                         f"control_plane.{field} must be 0 where there is no queue for prefill, got {value:g}"
                     )
         self.engines()  # refuses what an engine would
-        if len({router.rule for router in self.routers() if isinstance(router, CustomRouter)}) > 1:
+        if len({router.rule for router, _ in self.routed() if isinstance(router, CustomRouter)}) > 1:
             raise ValueError("router and prefill_router must have the same rule of one's own, got two")
         sizes = {pool.kv_cache.block_size for pool in self.pools if pool.kv_cache and pool.kv_cache.prefix_caching}
         if len(sizes) > 1:
             raise ValueError(f"block_size must be the same in pools that cache prefixes, got {sorted(sizes)}")
+        for router, pools in self.routed():
+            sizes = {(pool.kv_cache or KVCache()).block_size for pool in pools}
+            if isinstance(router, KVAwareRouter | OverlapRouter) and len(sizes) > 1:
+                raise ValueError(
+                    f"block_size must be the same in all pools of {type(router).__name__}, which counts in blocks, "
+                    f"got {sorted(sizes)}"
+                )
 
     def _check_scaling(self, planner: AnyPlanner) -> None:
         """Refuse a planner that this fleet can't have."""
@@ -395,9 +403,9 @@ class Cluster(Fleet, frozen=True, kw_only=True, tag=True):
         """Short text: what serves."""
         return f"{self.router.label()} over {' and '.join(pool.summary for pool in self.pools)}"
 
-    def routers(self) -> tuple[AnyRouter, ...]:
-        """All routers."""
-        return (self.router,)
+    def routed(self) -> tuple[tuple[AnyRouter, tuple[Pool, ...]], ...]:
+        """All routers, and the pools of each."""
+        return ((self.router, self.pools),)
 
     def _check_ticks(self) -> None:
         for pool in self.pools:
@@ -584,9 +592,10 @@ class DisaggregatedEngine(Fleet, frozen=True, kw_only=True, tag=True):
         pools = {"prefill": listed(self.prefill), "decode": listed(self.decode)}
         return ", ".join(f"{name} {' and '.join(pool.summary for pool in part)}" for name, part in pools.items())
 
-    def routers(self) -> tuple[AnyRouter, ...]:
-        """All routers."""
-        return (self.router,) if self.prefill_router is None else (self.router, self.prefill_router)
+    def routed(self) -> tuple[tuple[AnyRouter, tuple[Pool, ...]], ...]:
+        """All routers, and the pools of each."""
+        decodes = (self.router, listed(self.decode))
+        return (decodes,) if self.prefill_router is None else (decodes, (self.prefill_router, listed(self.prefill)))
 
     def kernel(self) -> dict[str, float]:
         """What the kernel is told besides the pools, in the order of its numbers."""

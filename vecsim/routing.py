@@ -54,7 +54,7 @@ class KVAwareRouter(Router, frozen=True, kw_only=True, tag=True):
     A worker's cost, in blocks: prefill_load_scale x max(those of prompts yet to be computed there + those of this
     prompt - overlap_credit x those of this prompt that it has cached, 0) + those of the prompts of all requests there.
     Of equal ones any. Where prefill is kept apart, what is cached doesn't count for the worker that decodes, nor
-    do the requests there for the one that prefills.
+    do the requests there for the one that prefills. Blocks must have one size in all of its pools.
 
     Parameters
     ----------
@@ -68,8 +68,8 @@ class KVAwareRouter(Router, frozen=True, kw_only=True, tag=True):
     temperature : float
         With 0 the least cost is chosen, else any with weight exp(-cost / temperature), the costs scaled to [0, 1].
     event_latency : float
-        Seconds from the end of the step in which a worker caches or evicts a block until the router knows; from when a
-        block comes to a lower tier, or goes.
+        Seconds from the end of the step in which a worker caches or evicts a block (of the next one, if none is under
+        way) until the router knows; from when a block comes to a lower tier, or goes.
 
     Raises
     ------

@@ -92,11 +92,13 @@ from vecsim.kernel.world import (
     assign,
     bring_up,
     cache_of,
+    close_changes,
     judge,
     kind_of,
     look_again,
     name_ended,
     note_load,
+    open_changes,
     prefills_only,
     send,
     tell_of_room,
@@ -429,12 +431,14 @@ def try_to_reserve(world, request, worker, t):
     w = unsigned(worker)
     p = world.groups[kind_of(world, worker)]
     holds = fleet.counts[w, FREE] < fleet.blocks[w]
+    open_changes(world, worker, t)
     name_ended(world, worker)
     if not reserve(
         policy_of(p), memory_of(p), world.load, view(world, worker, world.work.gaps), cache_of(world, worker),
         world.warmup, holds, request,
     ):  # fmt: skip
         return False
+    close_changes(world, worker, t)
     fleet.instants[RESERVED_AT, unsigned(request)] = t
     fleet.way[STAGE, unsigned(request)] = HAS_BLOCKS
     if world.transfer.merges:
@@ -925,6 +929,7 @@ def is_remote(world, request, worker, t):
         return could_ever(world)
     memory = memory_of(world.groups[kind_of(world, worker)])
     prompt = whole(world.load.prompt_tokens[unsigned(request)])
+    open_changes(world, worker, t)
     name_ended(world, worker)
     hit = hit_tokens(cache_of(world, worker), memory, prompt, request)
     used = (fleet.blocks[w] - fleet.counts[w, FREE]) / fleet.blocks[w]

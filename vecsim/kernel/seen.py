@@ -1,5 +1,7 @@
 """What others know of a worker's cached blocks: changes are published at the end of the step that made them.
 
+Those between two steps are published with the next one.
+
 Each block of a given id has the times of its last two changes. So what was known at an earlier time can be told from
 what is there now; where a block came and went more than once since, the last two times count.
 
@@ -13,9 +15,10 @@ from vecsim.kernel.jit import bare, inlined, unsigned
 # Steps with changes whose ends are kept: those before are known to all
 RING = 64
 
-# Places in `seen`: the time at which the step began that is under way; whether it changed anything; how many such steps
-# there were; where the list of new blocks is, 0 if there is none, and its first; when the last of those steps began and
-# ended; from `CHANGES` on, when a block [id] was named, and was evicted; last the links of the list [id]
+# Places in `seen`: the time at which the step began that is under way, or of the first change since the last one;
+# whether there was any; how many such steps there were; where the list of new blocks is, 0 if there is none, and its
+# first; when the last of those steps began and ended; from `CHANGES` on, when a block [id] was named, and was evicted;
+# last the links of the list [id]
 CLOCK, FRESH, PUBLISHED, LIST, NEWEST, STEPS, CHANGES = 0, 1, 2, 3, 4, 5, 5 + 2 * RING
 NAMED, EVICTED = range(2)
 
@@ -67,8 +70,8 @@ def take_new(seen):
 
 @inlined
 def begin(seen, t):
-    """A step begins."""
-    if seen.size > 0:
+    """A step begins, or something changes while none is under way."""
+    if seen.size > 0 and seen[FRESH] == 0.0:
         seen[CLOCK] = t
 
 
@@ -76,17 +79,20 @@ def begin(seen, t):
 def publish(seen, t):
     """What the step under way has changed is known to all from `t` on."""
     if seen.size > 0 and seen[FRESH] != 0.0:
-        at = STEPS + 2 * (int(seen[PUBLISHED]) % RING)
-        seen[unsigned(at)] = seen[CLOCK]
-        seen[unsigned(at + 1)] = t
-        seen[PUBLISHED] += 1.0
+        last = int(seen[PUBLISHED])
+        at = STEPS + 2 * ((last - 1) % RING)
+        if last == 0 or seen[unsigned(at)] != seen[CLOCK]:  # else it has published others of its changes
+            at = STEPS + 2 * (last % RING)
+            seen[unsigned(at)] = seen[CLOCK]
+            seen[unsigned(at + 1)] = t
+            seen[PUBLISHED] += 1.0
         seen[FRESH] = 0.0
 
 
 @bare
 def known_until(seen, t):
     """When the first step began of whose changes nobody knows at `t`; infinite if there is none. O(1)."""
-    first = np.inf
+    first = seen[CLOCK] if seen[FRESH] != 0.0 else np.inf
     last = int(seen[PUBLISHED])
     for step in range(last - 1, max(last - RING, 0) - 1, -1):
         at = STEPS + 2 * (step % RING)

@@ -57,7 +57,6 @@ from vecsim.kernel.token_scenarios import (
 )
 from vecsim.kernel.token_state import (
     BROUGHT,
-    END_TIME,
     GENERATED,
     HELD,
     HIT,
@@ -80,10 +79,12 @@ from vecsim.kernel.token_state import (
 from vecsim.kernel.world import (
     bring_up,
     cache_of,
+    close_changes,
     kind_of,
     look_again,
     name_ended,
     note_load,
+    open_changes,
     prefills_only,
     send,
     view,
@@ -257,6 +258,7 @@ def begin_rise(world, request, worker, t):
     r, w = unsigned(request), unsigned(worker)
     p = world.groups[kind_of(world, worker)]
     memory, policy = memory_of(p), policy_of(p)
+    open_changes(world, worker, t)
     if not prefills_only(world, worker):
         name_ended(world, worker)
     known = whole(load.prompt_tokens[r]) + whole(own[GENERATED, r])
@@ -284,10 +286,9 @@ def begin_rise(world, request, worker, t):
         needed += memory.watermark
     if needed > counts[FREE]:
         return False
-    if fleet.sums[w, END_TIME] <= t:
-        seen.begin(fleet.seen[w], t)
     kv.claim(counts, cache.nodes, cache.node_of, cache.owned, cache.own, cache.ids, shared, own_start, request, found)
     take_blocks(counts, cache, memory, total - found)
+    close_changes(world, worker, t)
     for place in range(total - 1, found - 1, -1):
         id_ = whole(kv.block_id(cache.ids, request, place))
         renew(tiers, worker, whole(HOST if is_in(tiers, worker, HOST, id_) else DISK), id_)
@@ -347,7 +348,7 @@ def ask(world, request, worker, t):
 @bare
 def risen(world, request, worker, t):
     """All is there that was brought up for a request: it is registered, and the request is sent on."""
-    tiers, fleet = world.tiers, world.fleet
+    tiers = world.tiers
     r, w = unsigned(request), unsigned(worker)
     work, cache = view(world, worker, world.work.gaps), cache_of(world, worker)
     if work.own[PREEMPTIONS, r] == 0:
@@ -358,9 +359,9 @@ def risen(world, request, worker, t):
     memory = memory_of(world.groups[kind_of(world, worker)])
     _, own_start = blocks_with_ids(cache, memory, request)
     found, total = whole(tiers.way[FOUND, r]), whole(work.own[HELD, r])
-    if fleet.sums[w, END_TIME] <= t:
-        seen.begin(fleet.seen[w], t)
+    open_changes(world, worker, t)
     kv.name(work.counts, cache.nodes, cache.node_of, cache.seen, cache.own, cache.ids, own_start, request, found, total)
+    close_changes(world, worker, t)
     cache.owned[kv.NAMED, r] = total
     work.own[KV, r] = PINNED_BROUGHT if work.own[KV, r] == PINNED else BROUGHT
 

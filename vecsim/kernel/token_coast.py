@@ -96,14 +96,14 @@ def coast(
         need = int(residues[unsigned(phase)])
         if need > free or t >= horizon or t >= due:
             break
+        after = t + duration(model, decodes_of(model.formula, decoding, context), own_duration)
         if need > 0:
             if memory.caching:
                 seen.begin(cache.seen, t)
                 kv.take(counts, cache.nodes, cache.node_of, cache.seen, cache.owned, need)
-                seen.publish(cache.seen, t)  # not a step later, so that this loop stays small
+                seen.publish(cache.seen, after)
             free -= need
             held = float(blocks - free)
-        after = t + duration(model, decodes_of(model.formula, decoding, context), own_duration)
         gap = after - t
         if not gap > 0.0:
             status = BAD_DURATION

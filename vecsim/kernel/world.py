@@ -327,6 +327,22 @@ def tell_of_room(world, worker, t):
         wake(world, worker, t)
 
 
+@inlined
+def open_changes(world, worker, t):
+    """What changes in a worker's cache beside its steps is told at the end of the one under way, or of the next."""
+    w = unsigned(worker)
+    if world.fleet.seen.shape[1] > 0 and world.fleet.sums[w, END_TIME] <= t:
+        seen.begin(world.fleet.seen[w], t)
+
+
+@inlined
+def close_changes(world, worker, t):
+    """That was all."""
+    w = unsigned(worker)
+    if world.fleet.seen.shape[1] > 0 and world.fleet.sums[w, END_TIME] > t:
+        seen.publish(world.fleet.seen[w], world.fleet.sums[w, END_TIME])
+
+
 @bare
 def name_ended(world, worker):
     """Have the blocks of requests that have ended at a worker be found: their followers may come before they leave."""
