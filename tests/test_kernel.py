@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vecsim.kernel import jit, streams
+from vecsim.kernel import jit, kv, streams
 from vecsim.kernel import quantiles as kernel_quantiles
 from vecsim.kernel.state import EXPONENTIAL_DRAWS, GAMMA_DRAWS, NORMAL_DRAWS, UNIFORM_DRAWS
 from vecsim.lengths import EMPIRICAL, UNIFORM, output_tokens
@@ -131,3 +131,37 @@ def imported(path: Path) -> set[Path]:
 def test_cached_kernels_know_every_file_that_they_are_made_of():
     known = set(jit.sources())
     assert set().union(*map(imported, known)) <= known
+
+
+@numba.njit
+def use_up_nodes(counters, nodes, node_of, owned, rounds, free, evicted):
+    seen = np.zeros(0)
+    kv.reset(counters, nodes, node_of, seen, 1)
+    for i in range(node_of.size):
+        node_of[i] = kv.new_node(counters, nodes, i, 1)
+        kv.link(counters, nodes, node_of[i], False)
+    for i in range(rounds):  # a block is used, and others that nobody can find come free
+        node = node_of[i % node_of.size]
+        kv.unlink(counters, nodes, node)
+        kv.link(counters, nodes, node, False)
+        kv.push(counters, nodes, kv.ANONYMOUS, 2, False)
+        free[i] = counters[kv.FREE]
+    number = 0
+    while counters[kv.FREE] > 0:
+        there = node_of >= 0
+        kv.take(counters, nodes, node_of, seen, owned, 1)
+        for i in np.flatnonzero(there & (node_of < 0)):
+            evicted[number] = i
+            number += 1
+
+
+def test_where_nodes_run_out_cached_blocks_keep_their_order():
+    ids, rounds = 3, 50
+    counters = np.zeros(3, np.int64)
+    nodes = np.zeros((kv.NODE_ROWS, 1 + ids + 2), np.int32)  # the least that does
+    node_of, owned = np.full(ids, -1, np.int32), np.zeros((kv.OWNED_ROWS, 1), np.int32)
+    free, evicted = np.zeros(rounds, np.int64), np.zeros(ids, np.int64)
+    use_up_nodes(counters, nodes, node_of, owned, rounds, free, evicted)
+    assert counters[kv.UNUSED] == nodes.shape[1]
+    assert free.tolist() == [1 + ids + 2 * (i + 1) for i in range(rounds)]
+    assert evicted.tolist() == [(rounds + i) % ids for i in range(ids)]

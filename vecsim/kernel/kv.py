@@ -39,8 +39,31 @@ def reset(counters, nodes, node_of, seen, blocks):
 
 
 @bare
+def gather(counters, nodes):
+    """All nodes are in use: make one, the last, of those whose blocks nobody can find. O(nodes).
+
+    It takes requests that come back again and again to a memory that is never full.
+    """
+    last = node = int(nodes[PREVIOUS, 0])
+    while node > 0:
+        before = int(nodes[PREVIOUS, unsigned(node)])
+        if nodes[KEY, unsigned(node)] == ANONYMOUS:
+            if nodes[KEY, unsigned(last)] != ANONYMOUS:
+                last = node
+            elif node != last:
+                count = nodes[COUNT, unsigned(node)]
+                unlink(counters, nodes, node)
+                drop_node(counters, nodes, node)
+                nodes[COUNT, unsigned(last)] += count
+                counters[FREE] += count
+        node = before
+
+
+@bare
 def new_node(counters, nodes, key, count):
     """A node outside the queue."""
+    if counters[SPARE] == 0 and counters[UNUSED] == nodes.shape[1]:
+        gather(counters, nodes)
     node = counters[SPARE]
     if node > 0:
         counters[SPARE] = nodes[NEXT, unsigned(node)]
