@@ -692,12 +692,16 @@ class Simulation:
 
     def try_reservations(self, worker: Worker) -> None:
         while worker.reservations and worker.reserve(worker.reservations[0]):
-            request = worker.reservations.pop(0)
-            request.reserved_at = self.now
-            if request.prefill_ended_at is None:
-                self.go_to_prefill(request)
-            else:
-                self.begin_transfer(request)
+            self.leave_line(worker)
+
+    def leave_line(self, worker: Worker) -> None:
+        """Blocks are reserved for the first that waits for that."""
+        request = worker.reservations.pop(0)
+        request.reserved_at = self.now
+        if request.prefill_ended_at is None:
+            self.go_to_prefill(request)
+        else:
+            self.begin_transfer(request)
 
     def blocks_were_freed(self, worker: Worker) -> None:
         """Beside a boundary."""

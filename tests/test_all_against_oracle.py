@@ -13,7 +13,7 @@ from all_oracle import ByCache
 from test_changing_against_oracle import a_schedule, check_fates, some_changes
 from test_fleet_against_oracle import a_fleet, draws, lengths_of, those_that_came
 from test_tiers import a_crowd, a_crowded_pool, a_recurring_trace, a_tiered_pool, check_tiers
-from test_token import a_trace, turns_of
+from test_token import a_closed_load, a_trace, some_conversations, turns_of
 
 import vecsim as sim
 
@@ -192,16 +192,7 @@ def check_crowd(seed, apart):
 def check_talks(seed, apart):
     rng = random.Random(seed)
     block_size = rng.choice([1, 4, 5])
-    prefix = rng.choice([0, 9, 16])
-    load = sim.RequestRateLoadGenerator(
-        request_rate=rng.choice([0.1, 0.5]),
-        requests=6,
-        prompt_tokens=sim.Uniform(low=1, high=12),
-        output_tokens=sim.Uniform(low=1, high=12),
-        prefix=sim.SharedPrefix(tokens=prefix, groups=2) if prefix else None,
-        sessions=sim.Sessions(turns=rng.randint(1, 4), think_time=rng.choice([0.0, 3.0, 40.0])),
-        seed=seed,
-    )
+    load = some_conversations(rng, seed, [0.0, 3.0, 40.0])
     requests, orders = turns_of(load, block_size), ["fcfs", "shortest_prompt"]
     check(rng, apart, requests, load, block_size, a_tiered_pool, orders, 100, rng.choice([150.0, 1000.0]))
 
@@ -209,13 +200,7 @@ def check_talks(seed, apart):
 def check_closed(seed, apart):
     rng = random.Random(seed)
     users, think = rng.randint(1, 6), rng.choice([0.0, 7.0])
-    load = sim.ConcurrentLoadGenerator(
-        target_concurrency=users,
-        think_time=think,
-        prompt_tokens=sim.Uniform(low=1, high=30),
-        output_tokens=sim.Uniform(low=1, high=20),
-        seed=seed,
-    )
+    load = a_closed_load(users, think, seed)
     requests = [token_oracle.Request(0.0, *lengths) for lengths in lengths_of(load, 2000)]
     block_size, orders = rng.choice([1, 4, 16, 5]), ["fcfs", "shortest_prompt"]
     check(

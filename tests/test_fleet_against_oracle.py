@@ -10,7 +10,7 @@ import pytest
 import token_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_token import KINDS, STEP, a_batcher, a_trace, seconds, turns_of
+from test_token import KINDS, STEP, a_batcher, a_closed_load, a_trace, seconds, some_conversations, turns_of
 
 import vecsim as sim
 from vecsim.fleet import LengthOrLoadRule, PrefillLoadRule, PromptLengthRule, QueueAndLengthRule
@@ -285,13 +285,7 @@ def check_open(seed, apart):
 def check_closed(seed, apart):
     rng = random.Random(seed)
     users, think = rng.randint(1, 6), rng.choice([0.0, 7.0])
-    load = sim.ConcurrentLoadGenerator(
-        target_concurrency=users,
-        think_time=think,
-        prompt_tokens=sim.Uniform(low=1, high=30),
-        output_tokens=sim.Uniform(low=1, high=20),
-        seed=seed,
-    )
+    load = a_closed_load(users, think, seed)
     fleet, literal, overheads = a_fleet(rng, apart, load, rng.choice([1, 4, 16, 5]), ["fcfs", "shortest_prompt"])
     run = fleet.run(150.0)
     requests = [token_oracle.Request(0.0, *lengths) for lengths in lengths_of(load, 1000)]
@@ -314,17 +308,7 @@ def lengths_of(load, number):
 def check_sessions(seed, apart):
     rng = random.Random(seed)
     block_size = rng.choice([1, 4, 16, 5])
-    turns = rng.randint(1, 4)
-    prefix = rng.choice([0, 9, 16])
-    load = sim.RequestRateLoadGenerator(
-        request_rate=rng.choice([0.1, 0.5]),
-        requests=6,
-        prompt_tokens=sim.Uniform(low=1, high=12),
-        output_tokens=sim.Uniform(low=1, high=12),
-        prefix=sim.SharedPrefix(tokens=prefix, groups=2) if prefix else None,
-        sessions=sim.Sessions(turns=turns, think_time=rng.choice([0.0, 3.0])),
-        seed=seed,
-    )
+    load = some_conversations(rng, seed, [0.0, 3.0])
     fleet, literal, overheads = a_fleet(rng, apart, load, block_size, ["fcfs", "shortest_prompt"])
     limit = rng.choice([None, None, 150.0])
     result = fleet_oracle.simulate(

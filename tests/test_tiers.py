@@ -11,7 +11,7 @@ import token_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fleet_against_oracle import a_fleet, a_pool, check_against, column, draws, those_that_came
-from test_token import a_trace, turns_of
+from test_token import a_trace, some_conversations, turns_of
 
 import vecsim as sim
 from vecsim.control_plane import ControlPlane
@@ -146,16 +146,7 @@ def check_crowd(seed, apart):
 def check_talks(seed, apart):
     rng = random.Random(seed)
     block_size = rng.choice([1, 4, 5])
-    prefix = rng.choice([0, 9, 16])
-    load = sim.RequestRateLoadGenerator(
-        request_rate=rng.choice([0.1, 0.5]),
-        requests=6,
-        prompt_tokens=sim.Uniform(low=1, high=12),
-        output_tokens=sim.Uniform(low=1, high=12),
-        prefix=sim.SharedPrefix(tokens=prefix, groups=2) if prefix else None,
-        sessions=sim.Sessions(turns=rng.randint(1, 4), think_time=rng.choice([0.0, 3.0, 40.0])),
-        seed=seed,
-    )
+    load = some_conversations(rng, seed, [0.0, 3.0, 40.0])
     orders = ["fcfs", "shortest_prompt"]
     fleet, literal, overheads = a_fleet(rng, apart, load, block_size, orders, make=a_tiered_pool)
     limit = rng.choice([None, None, 150.0])

@@ -350,13 +350,7 @@ def test_nothing_of_the_warmup_is_left_where_all_is_over_before_it():
 def test_a_closed_loop_sends_the_next_request_when_one_is_answered(kind, seed, users, think):
     engine, _, _, arguments = a_scenario(seed, kind)
     arguments |= {"order": "fcfs", "time_limit": 300.0, "concurrency": users, "think_time": think}
-    load = sim.ConcurrentLoadGenerator(
-        target_concurrency=users,
-        think_time=think,
-        prompt_tokens=sim.Uniform(low=1, high=30),
-        output_tokens=sim.Uniform(low=1, high=20),
-        seed=seed,
-    )
+    load = a_closed_load(users, think, seed)
 
     batcher = msgspec.structs.replace(engine.batcher, order="fcfs")
     engine = msgspec.structs.replace(engine, load_generator=load, batcher=batcher)
@@ -405,6 +399,31 @@ def test_conversations_find_what_was_said_before(kind, seed, turns, prefix):
     np.testing.assert_array_equal(ours.completed_at.values, done)
     hits = [request.hits[0] * size if request.hits else 0 for request in came]
     np.testing.assert_array_equal(ours.hit_tokens.values, hits)
+
+
+def a_closed_load(users, think, seed):
+    """Users who each ask again when they are answered."""
+    return sim.ConcurrentLoadGenerator(
+        target_concurrency=users,
+        think_time=think,
+        prompt_tokens=sim.Uniform(low=1, high=30),
+        output_tokens=sim.Uniform(low=1, high=20),
+        seed=seed,
+    )
+
+
+def some_conversations(rng, seed, think_times):
+    """A few conversations, some of which begin with the same text."""
+    prefix = rng.choice([0, 9, 16])
+    return sim.RequestRateLoadGenerator(
+        request_rate=rng.choice([0.1, 0.5]),
+        requests=6,
+        prompt_tokens=sim.Uniform(low=1, high=12),
+        output_tokens=sim.Uniform(low=1, high=12),
+        prefix=sim.SharedPrefix(tokens=prefix, groups=2) if prefix else None,
+        sessions=sim.Sessions(turns=rng.randint(1, 4), think_time=rng.choice(think_times)),
+        seed=seed,
+    )
 
 
 def turns_of(load, block_size):

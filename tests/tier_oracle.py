@@ -406,12 +406,7 @@ class TieredSimulation(fleet_oracle.Simulation):
                 break
             if not worker.reserve(worker.reservations[0]):
                 break
-            request = worker.reservations.pop(0)
-            request.reserved_at = self.now
-            if request.prefill_ended_at is None:
-                self.go_to_prefill(request)
-            else:
-                self.begin_transfer(request)
+            self.leave_line(worker)
 
     def rise_in_turn(self, worker: TieredWorker) -> None:
         while worker.reservations and in_line(worker.reservations[0]) and self.rise(worker, worker.reservations[0]):
